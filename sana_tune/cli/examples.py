@@ -1,0 +1,30 @@
+"""Copying a packaged example so that the copy stands on its own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from sana_tune.config.files import EXAMPLES_PREFIX, examples_dir, list_examples
+from sana_tune.errors import Problem, UserError
+
+
+def copy_example(name: str, dest: Path | None) -> Path:
+    """Copy the example `name` to `dest` (default config/examples/<name>), rewriting its own paths.
+
+    Raises UserError when there is no such example or the folder exists and is not empty.
+    """
+    if name not in list_examples():
+        known = ", ".join(list_examples()) or "none"
+        raise UserError(Problem("examples copy", f"there is no example {name!r}; known: {known}", "name one of them"))
+    target = dest or Path(EXAMPLES_PREFIX) / name
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(Problem(f"examples copy: {target}", "the folder must be new or empty", "name another: --dest DIR"))
+    try:
+        shutil.copytree(examples_dir() / name, target, dirs_exist_ok=True)
+    except OSError as error:
+        raise UserError(Problem(f"examples copy: {target}", f"cannot be written: {error.strerror}", "")) from None
+    for path in target.rglob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace(f"{EXAMPLES_PREFIX}{name}/", f"{target.as_posix()}/"), encoding="utf-8")
+    return target

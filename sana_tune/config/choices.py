@@ -1,0 +1,27 @@
+"""Names a user can choose from, as plain tables. No torch: what they stand for is built elsewhere."""
+
+from __future__ import annotations
+
+OPTIMIZERS: dict[str, str] = {
+    "optimi-adamw": "AdamW of torch-optimi, with Kahan summation for bf16 weights",
+    "torch-adamw": "AdamW of torch.optim",
+}
+
+LR_SCHEDULERS: dict[str, str] = {
+    "constant": "the learning rate throughout (with lr_warmup_steps above 0: constant_with_warmup)",
+    "constant_with_warmup": "rises linearly for lr_warmup_steps, then constant",
+    "linear": "warm-up, then falls linearly to 0 at the last step",
+    "cosine": "warm-up, then falls as half a cosine to 0 at the last step",
+}
+
+CAPTION_STRATEGIES: dict[str, str] = {
+    "filename": "the file's name without its ending, underscores as spaces",
+    "textfile": "the .txt file of the same name; each non-empty line is a variant, one is drawn per visit",
+    "instanceprompt": "instance_prompt, the same for every picture (a list: one is drawn per visit)",
+}
+
+# Betas, weight decay and eps where the user names none (contracts §3; NVIDIA trains AdamW with these).
+OPTIMIZER_DEFAULTS: dict[str, dict[str, float]] = {
+    "optimi-adamw": {"beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "eps": 1e-6},
+    "torch-adamw": {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.01, "eps": 1e-8},
+}

@@ -1,0 +1,35 @@
+"""Where a run stands, and what is due there. Pure and torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Position of a run.
+
+    step:   optimizer steps done (0 before the first one).
+    epoch:  passes over the data done, as a fraction (2.5 = half of the third epoch is done).
+    images: pictures seen, repeats counted.
+    """
+
+    step: int = 0
+    epoch: float = 0.0
+    images: int = 0
+
+    def advance(self, images: int, epoch: float) -> Progress:
+        """The position after one more optimizer step that saw `images` pictures and ended at `epoch`."""
+        return replace(self, step=self.step + 1, images=self.images + images, epoch=epoch)
+
+
+@dataclass(frozen=True)
+class Every:
+    """An interval in optimizer steps. 0 steps = never."""
+
+    steps: int = 0
+
+
+def due(every: Every, progress: Progress) -> bool:
+    """Whether something that happens every so many steps happens right after `progress`."""
+    return every.steps > 0 and progress.step > 0 and progress.step % every.steps == 0
