@@ -79,5 +79,6 @@ DATASET_KINDS: dict[str, type[Section]] = {"image": ImageDataset, "text_embeds":
 
 def inherit(entry: dict[str, Any], data: DataConfig) -> dict[str, Any]:
     """A picture dataset's raw entry with what it inherits from config.json filled in."""
-    inherited = {key: value for key in INHERITED if (value := data.model_dump()[key]) is not None}
+    settings = data.model_dump()
+    inherited = {key: settings[key] for key in INHERITED if settings[key] is not None}
     return {**inherited, **entry}

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from sana_tune.config import legacy
-from sana_tune.config.datasets import DATASET_KINDS, INHERITED, ImageDataset, TextDataset
+from sana_tune.config.datasets import DATASET_KINDS, ImageDataset, TextDataset, inherit
 from sana_tune.config.files import read_json, resolve
 from sana_tune.config.rules import check_rules
 from sana_tune.config.schema import SECTIONS, Config, Section, section_of
@@ -141,10 +141,19 @@ def _own_key(key: str, value: Any, where: str, ours: Sequence[str], findings: _F
         if not legacy.is_off(key, value):
             findings.notes.append(f"{key} is not built yet: no effect in this version")
     else:
-        guess = nearest(key, [*ours, *legacy.known_foreign_keys()])
-        fix = f"did you mean {guess}?" if guess else "see the README for the settings there are"
-        findings.problems.append(Problem(where, "there is no such setting", fix))
+        findings.problems.append(_unknown(key, where, ours))
     return None
+
+
+def _unknown(key: str, where: str, ours: Sequence[str]) -> Problem:
+    """A key that nobody knows, or one of the other file."""
+    if key in section_of():
+        return Problem(where, "is a setting of config.json, not of a dataset", "move it there")
+    if any(key in kind.model_fields for kind in DATASET_KINDS.values()):
+        return Problem(where, "is a setting of a dataset", "move it to the dataset in multidatabackend.json")
+    guess = nearest(key, [*ours, *legacy.known_foreign_keys()])
+    fix = f"did you mean {guess}?" if guess else "see the README for the settings there are"
+    return Problem(where, "there is no such setting", fix)
 
 
 def _environment(raw: dict[str, Any], origins: dict[str, str], environ: Mapping[str, str]) -> None:
@@ -236,10 +245,9 @@ def _datasets(
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         findings.problems.append(Problem(str(path), "must be a list of datasets: [ {…}, {…} ]", "put [ ] around the entries"))
         return (), None
-    inherited = config.data.model_dump() if config else {}
     built: list[Section] = []
     for number, entry in enumerate(entries, start=1):
-        section = _dataset(path, number, entry, inherited, findings)
+        section = _dataset(path, number, entry, config, findings)
         if section is not None:
             built.append(section)
     images = tuple(entry for entry in built if isinstance(entry, ImageDataset))
@@ -249,7 +257,7 @@ def _datasets(
 
 
 def _dataset(
-    path: Path, number: int, entry: Mapping[str, Any], inherited: Mapping[str, Any], findings: _Findings
+    path: Path, number: int, entry: Mapping[str, Any], config: Config | None, findings: _Findings
 ) -> Section | None:
     """One entry as a frozen model; None when it is disabled or has problems."""
     label = entry.get("id", f"entry {number}")
@@ -268,8 +276,8 @@ def _dataset(
             values[named] = value
     if str(values.get("disabled", False)).lower() in ("true", "1"):
         return None
-    if kind is ImageDataset:
-        values = {**{key: inherited[key] for key in INHERITED if inherited.get(key) is not None}, **values}
+    if kind is ImageDataset and config is not None:
+        values = inherit(values, config.data)
     return _validated(kind, values, lambda key: f"{path}: {label}: {key}", findings)
 
 

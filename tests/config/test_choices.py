@@ -1,0 +1,14 @@
+"""The tables of names agree with one another."""
+
+from __future__ import annotations
+
+from sana_tune.config.choices import LR_SCHEDULERS, OPTIMIZER_DEFAULTS, OPTIMIZERS
+
+
+def test_every_optimizer_has_its_defaults() -> None:
+    assert set(OPTIMIZERS) == set(OPTIMIZER_DEFAULTS)
+    assert OPTIMIZER_DEFAULTS["optimi-adamw"] == {"beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "eps": 1e-6}
+
+
+def test_names_are_described() -> None:
+    assert all(LR_SCHEDULERS.values()) and all(OPTIMIZERS.values())
