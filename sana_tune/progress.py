@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,15 @@ class Progress:
     def advance(self, images: int, epoch: float) -> Progress:
         """The position after one more optimizer step that saw `images` pictures and ended at `epoch`."""
         return replace(self, step=self.step + 1, images=self.images + images, epoch=epoch)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `from_json` gives the same position back, bit for bit."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Progress:
+        """Read `to_json`'s values; other keys are left alone. Raises KeyError, ValueError or TypeError."""
+        return cls(step=int(values["step"]), epoch=float(values["epoch"]), images=int(values["images"]))
 
 
 @dataclass(frozen=True)

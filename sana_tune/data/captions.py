@@ -1,0 +1,96 @@
+"""A picture's captions: one function per strategy. Pure; files are read through a function handed over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from sana_tune.data.sources import CAPTION_ENDING
+
+# The bytes of a file by key, or None when there is no such file.
+ReadFile = Callable[[str], bytes | None]
+
+
+@dataclass(frozen=True)
+class CaptionRules:
+    """A dataset's settings that decide its captions.
+
+    instance_prompts: the values of instance_prompt, none when it is unset.
+    prepend, only:    put an instance prompt before every caption, or in place of it.
+    one_per_line:     each non-empty line of a caption file is a variant; else the file is one caption.
+    case:             "lower" as diffusers' pipeline does with prompts, or "keep".
+    """
+
+    strategy: str = "filename"
+    instance_prompts: tuple[str, ...] = ()
+    prepend: bool = False
+    only: bool = False
+    one_per_line: bool = True
+    case: str = "lower"
+
+
+@dataclass(frozen=True)
+class Missing:
+    """There is no caption, and why."""
+
+    reason: str
+
+
+def captions_of(key: str, read: ReadFile, rules: CaptionRules) -> tuple[str, ...] | Missing:
+    """The final caption variants of a picture, at least one and none of them empty, or why there is none."""
+    strategy = STRATEGIES["instanceprompt" if rules.only else rules.strategy]
+    found = strategy(key, read, rules)
+    if isinstance(found, Missing):
+        return found
+    if rules.prepend and strategy is not from_instance_prompt:
+        if not rules.instance_prompts:
+            return Missing("prepend_instance_prompt is on, but instance_prompt is not set")
+        found = tuple(f"{prompt} {text.strip()}" for text in found for prompt in rules.instance_prompts)
+    cleaned = (clean_caption(caption, rules.case) for caption in found)
+    return tuple(caption for caption in cleaned if caption) or Missing("its caption is empty")
+
+
+def clean_caption(text: str, case: str) -> str:
+    """The text as the encoder gets it: stripped, and lower-cased unless case is "keep".
+
+    Source: diffusers' SanaPipeline._text_preprocessing with clean_caption off.
+    """
+    return (text.lower() if case == "lower" else text).strip()
+
+
+def from_file_name(key: str, read: ReadFile, rules: CaptionRules) -> tuple[str, ...] | Missing:
+    """The file's name without its ending, underscores as spaces."""
+    return (PurePosixPath(key).stem.replace("_", " "),)
+
+
+def from_text_file(key: str, read: ReadFile, rules: CaptionRules) -> tuple[str, ...] | Missing:
+    """The caption file of the same name beside the picture, UTF-8 with or without a byte-order mark."""
+    name = caption_key(key)
+    data = read(name)
+    if data is None:
+        return Missing(f"there is no caption file {name}")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return Missing(f"the caption file {name} is not UTF-8 text")
+    variants = text.splitlines() if rules.one_per_line else [text]
+    found = tuple(variant for variant in variants if variant.strip())
+    return found or Missing(f"the caption file {name} is empty")
+
+
+def from_instance_prompt(key: str, read: ReadFile, rules: CaptionRules) -> tuple[str, ...] | Missing:
+    """The instance prompt, or each of several as a variant."""
+    return rules.instance_prompts or Missing("instance_prompt is not set")
+
+
+def caption_key(key: str) -> str:
+    """The key of a picture's caption file: "cats/01.png" → "cats/01.txt"."""
+    return str(PurePosixPath(key).with_suffix(CAPTION_ENDING))
+
+
+STRATEGIES: dict[str, Callable[[str, ReadFile, CaptionRules], tuple[str, ...] | Missing]] = {
+    "filename": from_file_name,
+    "textfile": from_text_file,
+    "instanceprompt": from_instance_prompt,
+}

@@ -1,0 +1,162 @@
+"""Pictures from bytes: measure, decode, orient, resize, crop. The only user of Pillow. No torch.
+
+Everything becomes 8-bit RGB: EXIF orientation is applied, transparency is laid on white, palettes, 16-bit
+grey and CMYK are converted, of an animation the first frame is taken. Embedded colour profiles are not
+applied.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from sana_tune.data.geometry import Placement, Size
+
+# Pillow warns from 89 and refuses from 179 megapixels on. Large photographs and scans are no attack here, so
+# its limit is off and this one, in pixels, stands in its place: 512 megapixels, 1.5 GB once decoded.
+MAX_PIXELS = 1 << 29
+Image.MAX_IMAGE_PIXELS = None
+
+_WHITE = (255, 255, 255, 255)
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# What Pillow's many decoders raise on damaged files, besides OSError.
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    EOFError,
+    NotImplementedError,
+    struct.error,
+    zlib.error,
+)
+# EXIF orientation → what makes the picture upright (CIPA DC-008, tag 0x0112).
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)
+
+
+class BrokenImage(Exception):
+    """A file that is no usable picture; `reason` completes "left out because it …"."""
+
+    def __init__(self, reason: str):
+        self.reason = reason
+        super().__init__(reason)
+
+
+def measure(data: bytes) -> Size:
+    """The upright size of a picture, from its header alone. Raises BrokenImage."""
+    try:
+        with _opened(data) as image:
+            width, height = image.size
+            return Size(height, width) if _orientation(image, data) in _SIDEWAYS else Size(width, height)
+    except _DAMAGE as error:
+        raise _broken(error) from error
+
+
+def decode(data: bytes) -> Image.Image:
+    """The upright picture as 8-bit RGB, fully decoded. Raises BrokenImage."""
+    try:
+        with _opened(data) as image:
+            turn = _UPRIGHT.get(_orientation(image, data))
+            image.load()
+            rgb = _as_rgb(image)
+        return rgb if turn is None else rgb.transpose(turn)
+    except _DAMAGE as error:
+        raise _broken(error) from error
+
+
+def prepare(data: bytes, placement: Placement) -> np.ndarray:
+    """The training picture: decoded, resized once by Lanczos, cropped. uint8 [H, W, 3]. Raises BrokenImage."""
+    image = decode(data)
+    if image.size != placement.resize:
+        image = image.resize(placement.resize, Image.Resampling.LANCZOS)
+    return np.array(image.crop(placement.crop_box), dtype=np.uint8)
+
+
+def _opened(data: bytes) -> Image.Image:
+    """The picture with its header read. Raises BrokenImage for an oversized one, else what Pillow raises."""
+    image = Image.open(io.BytesIO(data))
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise BrokenImage(f"is {width}x{height} px; at most {MAX_PIXELS / 1e6:.0f} megapixels are read")
+    if width * height == 0:
+        raise BrokenImage("has no pixels")
+    return image
+
+
+def _orientation(image: Image.Image, data: bytes) -> int:
+    """EXIF orientation 1..8; 1 when there is none or it cannot be read.
+
+    Pillow's TIFF reader turns pictures by itself. Its PNG reader decodes the whole picture to look for metadata
+    behind the pixels: only when there is some may it do so; else what stands before the pixels is all there is.
+    """
+    if image.format == "TIFF":
+        return 1
+    late = data.startswith(_PNG_SIGNATURE) and _metadata_behind_pixels(data)
+    try:
+        exif = image.getexif() if late else Image.Image.getexif(image)
+        return int(exif.get(ExifTags.Base.Orientation, 1))
+    except _DAMAGE:
+        return 1
+
+
+def _metadata_behind_pixels(png: bytes) -> bool:
+    """Whether a PNG has a text or EXIF chunk after its first IDAT. Walks the chunk headers only."""
+    place, seen_pixels = len(_PNG_SIGNATURE), False
+    while place + 8 <= len(png):
+        length, kind = struct.unpack_from(">I4s", png, place)
+        if kind == b"IDAT":
+            seen_pixels = True
+        elif seen_pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            return True
+        place += length + 12
+    return False
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode as RGB; transparent parts show white."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        image = _eight_bits(image)
+    if image.mode == "F":
+        raise BrokenImage("has floating-point pixels, whose range is unknown; save it as 8 or 16 bits")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    visible = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", visible.size, _WHITE), visible).convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit grey, rounded: 0 → 0, 65535 → 255."""
+    grey = np.asarray(image).astype(np.int64)
+    if grey.min() < 0 or grey.max() > 65535:
+        raise BrokenImage("has 32-bit pixels, whose range is unknown; save it as 8 or 16 bits")
+    return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+
+
+def _broken(error: Exception) -> BrokenImage:
+    """What went wrong in Pillow, in words that need no knowledge of it."""
+    if isinstance(error, UnidentifiedImageError):
+        return BrokenImage("is not a picture that can be read (damaged, empty, or an unknown format)")
+    return BrokenImage(f"is damaged ({error or type(error).__name__})")
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """A PNG file of uint8 RGB pixels [height, width, 3]."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels, "RGB").save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,42 @@
+"""What exists in a store: which files are pictures, and which are not. By ending alone; nothing is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from sana_tune.store import Entry
+
+# Endings of pictures. One that the installed Pillow cannot open is left out by the survey, with its reason,
+# which is better than not being seen at all.
+PICTURE_ENDINGS = frozenset(
+    {
+        *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg"),
+        *(".jpg", ".jxl", ".png", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"),
+    }
+)
+CAPTION_ENDING = ".txt"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of one store, sorted by key."""
+
+    pictures: tuple[Entry, ...]
+    captions: tuple[Entry, ...]
+    others: tuple[Entry, ...]
+
+
+def sort_out(entries: Iterable[Entry]) -> Listing:
+    """Part the files of a store into pictures, caption files and the rest; order is kept."""
+    pictures, captions, others = [], [], []
+    for entry in entries:
+        ending = PurePosixPath(entry.key).suffix.lower()
+        if ending in PICTURE_ENDINGS:
+            pictures.append(entry)
+        elif ending == CAPTION_ENDING:
+            captions.append(entry)
+        else:
+            others.append(entry)
+    return Listing(tuple(pictures), tuple(captions), tuple(others))

@@ -1,0 +1,31 @@
+"""Where a run computes: the device by name, and the Accelerator that everything heavy goes through."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from sana_tune.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def resolve_device(wanted: str) -> str:
+    """ "cuda", "mps" or "cpu" for the setting `device`; auto takes the first there is. Raises UserError."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        return next(name for name, found in there.items() if found)
+    if not there[wanted]:
+        found = ", ".join(name for name, is_there in there.items() if is_there)
+        raise UserError(Problem("device", f"torch finds no {wanted} device on this machine; it finds {found}", "use auto"))
+    return wanted
+
+
+def make_accelerator(wanted: str, mixed_precision: str) -> Accelerator:
+    """The Accelerator of a run. mixed_precision: "bf16" or "no"."""
+    from accelerate import Accelerator
+
+    device = resolve_device(wanted)
+    return Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision)

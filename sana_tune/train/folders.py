@@ -1,0 +1,247 @@
+"""Checkpoint folders: their names, when one is complete, which is the newest, and how folders come and go.
+
+A checkpoint is written into a hidden folder beside the others and renamed when it is whole, so a folder named
+checkpoint-<step> with a manifest is complete. What is removed is renamed first, for the same reason.
+No torch, so that a wrong path is found before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sana_tune.errors import Problem, UserError
+from sana_tune.log import log
+from sana_tune.progress import Progress
+
+MANIFEST = "manifest.json"
+PROGRESS = "progress.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_ASIDE = re.compile(r"\.(checkpoint-\d+)\.(tmp|old|trash)-(\d+)-[0-9a-f]+")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint folder.
+
+    serial: a count that each save in the output folder raises; the newest checkpoint has the highest. After going
+            back to an earlier step it tells this course's checkpoints from the abandoned ones.
+    files:  relative path → {"sha256": hex, "size": bytes}.
+    """
+
+    path: Path
+    step: int
+    serial: int
+    files: dict[str, dict[str, Any]]
+
+    def progress(self) -> Progress:
+        """Where the run stood. Raises UserError when progress.json cannot be read."""
+        return Progress.from_json(self.header())
+
+    def header(self) -> dict[str, Any]:
+        """The values of progress.json: the position, and under "run" what the run was. Raises UserError."""
+        try:
+            header = json.loads((self.path / PROGRESS).read_text(encoding="utf-8"))
+            Progress.from_json(header)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(Problem(str(self.path / PROGRESS), f"it cannot be read: {error}", _OTHER)) from error
+        return header
+
+
+_OTHER = "resume from another checkpoint (--resume_from_checkpoint PATH), or remove this folder"
+
+
+def folder_name(step: int) -> str:
+    return f"checkpoint-{step}"
+
+
+def read(path: Path) -> Checkpoint | None:
+    """The checkpoint at `path`, or None when it is not complete: no manifest, or a file missing or cut short.
+
+    Reads sizes only; `verify` reads everything.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        found = Checkpoint(path, int(manifest["step"]), int(manifest["serial"]), dict(manifest["files"]))
+        whole = all((path / name).stat().st_size == entry["size"] for name, entry in found.files.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if whole and PROGRESS in found.files else None
+
+
+def list_complete(output_dir: Path) -> list[Checkpoint]:
+    """The complete checkpoints of an output folder, oldest save first. Hidden folders do not count."""
+    found = (read(path) for path in _named(output_dir))
+    return sorted((each for each in found if each is not None), key=lambda each: (each.serial, each.step))
+
+
+def _named(output_dir: Path) -> list[Path]:
+    if not output_dir.is_dir():
+        return []
+    return sorted(path for path in output_dir.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+
+
+def find(output_dir: Path, wanted: str | None) -> Checkpoint | None:
+    """The checkpoint to resume from: "latest" (the newest complete one, None if there is none), a path or a
+    folder's name inside `output_dir`; "" or None: none.
+
+    Incomplete folders are passed over, and said so. Raises UserError, listing what there is, when a named one does
+    not exist or is not complete.
+    """
+    if not wanted:
+        return None
+    if wanted == "latest":
+        return _latest(output_dir)
+    for path in (Path(wanted), output_dir / wanted):
+        if path.is_dir():
+            found = read(path)
+            if found is None:
+                raise UserError(_unusable(path, "it is not a complete checkpoint", output_dir))
+            return found
+    raise UserError(_unusable(Path(wanted), "there is no such checkpoint", output_dir))
+
+
+def _latest(output_dir: Path) -> Checkpoint | None:
+    complete = list_complete(output_dir)
+    whole = {each.path for each in complete}
+    for path in _named(output_dir):
+        if path not in whole:
+            log.warning("%s is not complete and is passed over", path)
+    if not complete:
+        return None
+    ahead = [each.path.name for each in complete if each.step > complete[-1].step]
+    if ahead:
+        log.warning("%s: saved before %s, in a course that was left", ", ".join(ahead), complete[-1].path.name)
+    return complete[-1]
+
+
+def _unusable(path: Path, what: str, output_dir: Path) -> Problem:
+    complete = list_complete(output_dir)
+    if not complete:
+        return Problem(f"resume_from_checkpoint {path}", what, f"{output_dir} has none; leave the key out to start")
+    names = ", ".join(each.path.name for each in sorted(complete, key=lambda each: each.step))
+    return Problem(f"resume_from_checkpoint {path}", what, f'take "latest" or one of those in {output_dir}: {names}')
+
+
+def digest_files(root: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each file, several at a time."""
+    listed = list(names)
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return dict(zip(listed, pool.map(lambda name: _digest(root / name), listed), strict=True))
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": path.stat().st_size}
+
+
+def damage(checkpoint: Checkpoint) -> list[str]:
+    """The files whose content is not what the manifest says, or that cannot be read; empty = verified."""
+    missing = [name for name in checkpoint.files if not (checkpoint.path / name).is_file()]
+    if missing:
+        return missing
+    now = digest_files(checkpoint.path, checkpoint.files)
+    return [name for name, entry in checkpoint.files.items() if now[name] != entry]
+
+
+def verify(checkpoint: Checkpoint) -> None:
+    """Read the whole checkpoint. Raises UserError naming the damaged files."""
+    damaged = damage(checkpoint)
+    if damaged:
+        what = f"damaged: {', '.join(damaged)} {'is' if len(damaged) == 1 else 'are'} not as it was saved"
+        raise UserError(Problem(str(checkpoint.path), what, _OTHER))
+
+
+def ensure_writable(output_dir: Path) -> None:
+    """Make the output folder and try to write in it. Raises UserError."""
+    probe = output_dir / f".write-test-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        what = f"the output folder cannot be written: {error.strerror or error}"
+        fix = "name another output_dir, or change the folder's rights"
+        raise UserError(Problem(f"output_dir {output_dir}", what, fix)) from error
+
+
+def aside(output_dir: Path, step: int, kind: str) -> Path:
+    """A new hidden name beside checkpoint-<step>. kind: tmp (being written), old (replaced), trash (removed)."""
+    return output_dir / f".{folder_name(step)}.{kind}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+def publish(staged: Path, target: Path, step: int) -> None:
+    """Give a staged folder its name. A checkpoint of that name is moved aside first and removed after."""
+    parent = target.parent
+    replaced = None
+    if target.exists():
+        replaced = aside(parent, step, "old")
+        os.rename(target, replaced)
+    os.rename(staged, target)
+    sync_folder(parent)
+    if replaced is not None:
+        shutil.rmtree(replaced)
+
+
+def remove(checkpoint: Checkpoint) -> None:
+    """Remove a checkpoint. It is renamed first: a kill in between leaves no half of it under its name."""
+    trash = aside(checkpoint.path.parent, checkpoint.step, "trash")
+    os.rename(checkpoint.path, trash)
+    shutil.rmtree(trash)
+
+
+def clean(output_dir: Path) -> None:
+    """Remove what killed runs left. A replaced checkpoint whose successor never came gets its name back."""
+    if not output_dir.is_dir():
+        return
+    for path in sorted(output_dir.iterdir()):
+        match = _ASIDE.fullmatch(path.name)
+        if not match or _alive(int(match[3])):
+            continue
+        name, kind = match[1], match[2]
+        held = read(path) if kind == "old" and not (output_dir / name).exists() else None
+        if held is not None and not damage(held):
+            os.rename(path, output_dir / name)
+            log.warning("%s was being replaced when a run was killed; it is put back", output_dir / name)
+        else:
+            shutil.rmtree(path)
+            log.info("removed %s, left behind by a killed run", path)
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process of that id runs on this machine (this one's own leftovers count as dead)."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def sync_file(path: Path) -> None:
+    """Have a written file on the disk itself."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Have a folder's names on the disk itself (where the system knows that)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

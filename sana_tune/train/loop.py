@@ -1,0 +1,154 @@
+"""fit(): the loop, on one screen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from sana_tune.errors import Problem, UserError
+from sana_tune.progress import Every, Progress, due
+from sana_tune.train.checkpoint import Checkpoints
+from sana_tune.train.folders import Checkpoint
+from sana_tune.train.signals import Stop
+from sana_tune.train.step import Parts, StepResult, train_step
+from sana_tune.train.validate import NoValidator, Validator
+from sana_tune.watch.events import Finished, Started, Stepped, Stopped
+from sana_tune.watch.sinks import Watcher
+
+if TYPE_CHECKING:
+    from sana_tune.train.step import Sample
+
+
+class Course(Protocol):
+    """What the loop takes from the plan (plan.Plan is one): where to, and what is due on the way."""
+
+    @property
+    def total_steps(self) -> int: ...
+    @property
+    def steps_per_epoch(self) -> float: ...
+    @property
+    def save_every(self) -> Every: ...
+    @property
+    def validate_every(self) -> Every: ...
+
+
+class Batches(Protocol):
+    """Gives each step's micro-batches; data.loader.Batches."""
+
+    def steps(self, first_step: int, total_steps: int) -> Iterator[Sequence[Sample]]: ...
+
+
+def fit(
+    plan: Course,
+    parts: Parts,
+    batches: Batches,
+    validator: Validator | NoValidator,
+    checkpoints: Checkpoints,
+    watcher: Watcher,
+    stop: Stop,
+    *,
+    resume: Checkpoint | None = None,
+    export: Callable[[Progress], str | None] = lambda progress: None,
+    max_bad_steps: int = 10,
+) -> Progress:
+    """Train from where `resume` stands to the last step; save, draw and tell on the way; at the end `export`.
+
+    Returns the last position. Raises Interrupted after saving when a stop was asked for, UserError when the
+    checkpoint does not fit, the disk is full, or `max_bad_steps` in a row are not finite.
+    """
+    progress = checkpoints.restore(parts, resume)
+    watcher.emit(Started(progress, plan.total_steps, plan.steps_per_epoch, resume and str(resume.path)))
+    with stop.deferred():
+        watcher.emit(validator.start(parts, progress))
+        parts.transformer.train()
+        patience = Patience(max_bad_steps)
+        with closing(Timed(batches.steps(progress.step, plan.total_steps))) as steps:
+            for micro_batches in steps:
+                result = train_step(parts, micro_batches, progress)
+                progress = progress.advance(result.images, (progress.step + 1) / plan.steps_per_epoch)
+                watcher.emit(steps.event(progress, result))
+                patience.check(progress, result)
+                if due(plan.save_every, progress):
+                    watcher.emit(checkpoints.save(parts, progress))
+                if due(plan.validate_every, progress) and progress.step < plan.total_steps:
+                    watcher.emit(validator.run(parts, progress))
+                if stop_agreed(parts, stop):
+                    break
+        if saved := checkpoints.save_if_newer(parts, progress):
+            watcher.emit(saved)
+        if progress.step < plan.total_steps:
+            watcher.emit(Stopped(progress, stop.reason))
+            raise stop.interrupted()
+        watcher.emit(validator.finish(parts, progress))
+        watcher.emit(Finished(progress, export(progress)))
+    if stop.requested:
+        raise stop.interrupted()
+    return progress
+
+
+def stop_agreed(parts: Parts, stop: Stop) -> bool:
+    """Whether any rank was asked to stop."""
+    if parts.accelerator.num_processes == 1:
+        return stop.requested
+    flag = torch.tensor(float(stop.requested), device=parts.accelerator.device)
+    if parts.accelerator.reduce(flag, "sum").item() > 0 and not stop.requested:
+        stop.request()
+    return stop.requested
+
+
+class Timed:
+    """Hands steps on and measures them: step_s from asking for the data to `event`, data_wait_s the asking."""
+
+    def __init__(self, steps: Iterator[Sequence[Sample]]):
+        self._steps = steps
+        self._asked_s = self._given_s = 0.0
+
+    def __iter__(self) -> Timed:
+        return self
+
+    def __next__(self) -> Sequence[Sample]:
+        self._asked_s = time.perf_counter()
+        micro_batches = next(self._steps)
+        self._given_s = time.perf_counter()
+        return micro_batches
+
+    def event(self, progress: Progress, result: StepResult) -> Stepped:
+        """The step that was just done, as a value."""
+        return Stepped(
+            progress,
+            loss=result.loss,
+            learning_rate=result.learning_rate,
+            grad_norm=result.grad_norm,
+            step_s=time.perf_counter() - self._asked_s,
+            data_wait_s=self._given_s - self._asked_s,
+            images=result.images,
+            skipped=result.skipped,
+        )
+
+    def close(self) -> None:
+        """End the steps (and the thread that prepares them)."""
+        if isinstance(self._steps, Generator):
+            self._steps.close()
+
+
+class Patience:
+    """Ends a run whose steps are not finite any more: `limit` of them in a row."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self._bad = 0
+
+    def check(self, progress: Progress, result: StepResult) -> None:
+        """Count one step. Raises UserError with the last numbers when the limit is reached."""
+        self._bad = self._bad + 1 if result.skipped else 0
+        if self._bad >= self.limit:
+            what = (
+                f"{self._bad} steps in a row had numbers that are not finite (loss {result.loss}, gradient norm "
+                f"{result.grad_norm}); none of them moved a weight, so the checkpoints are sound"
+            )
+            fix = "lower learning_rate, or train with --mixed_precision no to see whether precision is the cause"
+            raise UserError(Problem(f"step {progress.step}", what, fix))

@@ -1,0 +1,85 @@
+"""metrics.jsonl: one line a step, and how it is cut back when a run resumes at an earlier step."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+from sana_tune.watch.events import Stepped
+
+
+def line_of(event: Stepped) -> dict[str, Any]:
+    """The values of one line. Numbers that are not finite become null (JSON knows neither NaN nor infinity).
+
+    lr is the rate used by this step; step_s includes data_wait_s; images_s = images / step_s.
+    """
+    line: dict[str, Any] = {
+        "step": event.progress.step,
+        "epoch": round(event.progress.epoch, 6),
+        "loss": _finite(event.loss),
+        "lr": event.learning_rate,
+        "grad_norm": _finite(event.grad_norm),
+        "step_s": round(event.step_s, 6),
+        "data_wait_s": round(event.data_wait_s, 6),
+        "images_s": round(event.images / event.step_s, 3) if event.step_s > 0 else None,
+    }
+    if event.skipped:
+        line["skipped"] = True
+    return line
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file, in order; a torn line (the writer was killed in it) is left out."""
+    if not path.exists():
+        return []
+    found = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            found.append(line)
+    return found
+
+
+class Metrics:
+    """Appends lines to a metrics.jsonl and flushes each, so that a killed run keeps all it did."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file: TextIO | None = None
+
+    def cut_back_to(self, step: int) -> None:
+        """Drop the lines after `step`, and torn ones. Atomic: a kill leaves the old file or the new one."""
+        self.close()
+        if not self.path.exists():
+            return
+        kept = [line for line in read(self.path) if line["step"] <= step]
+        aside = self.path.with_name(f".{self.path.name}.tmp-{os.getpid()}")
+        with open(aside, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, self.path)
+
+    def append(self, event: Stepped) -> None:
+        """Write one step's line. Raises OSError when the disk does not take it."""
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a", encoding="utf-8")
+        self._file.write(json.dumps(line_of(event)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; a later append opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

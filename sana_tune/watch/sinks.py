@@ -1,0 +1,286 @@
+"""Who listens to a run: the screen and metrics.jsonl. A sink that breaks is told once and dropped.
+
+This is the one place where a broad `except` is right: no observer may stop a run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sana_tune.log import log
+from sana_tune.watch.events import (
+    CacheProgress,
+    Event,
+    Finished,
+    Saved,
+    Started,
+    Stepped,
+    Stopped,
+    Validated,
+)
+from sana_tune.watch.metrics import Metrics
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
+
+CACHE_TITLES = {"text": "Caching captions", "latents": "Caching latents"}
+
+
+class Sink(Protocol):
+    """Takes every event of a run, in order, on the thread that trains."""
+
+    def emit(self, event: Event) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Watcher:
+    """Hands every event to every sink. A sink that raises is reported once and hears no more."""
+
+    def __init__(self, sinks: Sequence[Sink]):
+        self._sinks = list(sinks)
+
+    def emit(self, event: Event) -> None:
+        """Never raises for a sink's sake."""
+        for sink in tuple(self._sinks):
+            try:
+                sink.emit(event)
+            except Exception as error:
+                self._drop(sink, error)
+
+    def close(self) -> None:
+        """Close what is left of the sinks; after that nothing is heard."""
+        for sink in tuple(self._sinks):
+            try:
+                sink.close()
+            except Exception as error:
+                self._drop(sink, error)
+        self._sinks.clear()
+
+    def __enter__(self) -> Watcher:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _drop(self, sink: Sink, error: Exception) -> None:
+        self._sinks.remove(sink)
+        name = type(sink).__name__
+        log.warning("%s failed and is switched off; the run goes on: %s: %s", name, type(error).__name__, error)
+        log.debug("the failure of %s", name, exc_info=error)
+
+
+class MetricsSink:
+    """Writes metrics.jsonl: cut back to where the run starts, then a line a step."""
+
+    def __init__(self, path: Path):
+        self._metrics = Metrics(path)
+
+    def emit(self, event: Event) -> None:
+        if isinstance(event, Stepped):
+            self._metrics.append(event)
+        elif isinstance(event, Started):
+            self._metrics.cut_back_to(event.progress.step)
+
+    def close(self) -> None:
+        self._metrics.close()
+
+
+class Meter:
+    """Means over the last steps: what a line on the screen shows. Pure but for what it was fed."""
+
+    def __init__(self, window: int = 50):
+        self._steps: deque[Stepped] = deque(maxlen=window)
+
+    def add(self, event: Stepped) -> None:
+        self._steps.append(event)
+
+    @property
+    def loss(self) -> float:
+        """Mean loss over the steps of the window that counted; NaN before the first one."""
+        good = [event.loss for event in self._steps if not event.skipped]
+        return sum(good) / len(good) if good else float("nan")
+
+    @property
+    def steps_per_s(self) -> float:
+        seconds = sum(event.step_s for event in self._steps)
+        return len(self._steps) / seconds if seconds > 0 else 0.0
+
+    @property
+    def images_per_s(self) -> float:
+        seconds = sum(event.step_s for event in self._steps)
+        return sum(event.images for event in self._steps) / seconds if seconds > 0 else 0.0
+
+    def left_s(self, total_steps: int) -> float:
+        """Seconds to the last step at the present pace, saving and drawing not counted."""
+        if not self._steps or self.steps_per_s == 0:
+            return 0.0
+        return (total_steps - self._steps[-1].progress.step) / self.steps_per_s
+
+    def line(self, total_steps: int) -> str:
+        """loss, learning rate, gradient norm, pace and time left, as they stand beside a bar."""
+        last = self._steps[-1]
+        numbers = f"loss {self.loss:.4f}  lr {last.learning_rate:.2e}  grad {last.grad_norm:.3g}"
+        pace = f"{self.steps_per_s:.2f} steps/s  {self.images_per_s:.1f} images/s"
+        return f"{numbers}  {pace}  left {clock(self.left_s(total_steps))}"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 0:42, 12:05 or 3:07:09."""
+    whole = max(0, int(seconds + 0.5))
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def message_of(event: Event) -> str | None:
+    """What an event says as one line of the log, or None when it says nothing there."""
+    match event:
+        case Started(progress=progress, total_steps=total):
+            start = f"going on after step {progress.step}" if progress.step else "starting"
+            source = f" from {event.resumed_from}" if event.resumed_from else ""
+            epochs = total / event.steps_per_epoch if event.steps_per_epoch else 0.0
+            return f"Training: {start}{source}, to step {total} ({epochs:.4g} epochs)"
+        case Saved(path=path, duration_s=duration, removed=removed):
+            gone = f"; removed {', '.join(Path(name).name for name in removed)}" if removed else ""
+            return f"Saved {path} ({duration:.1f} s){gone}"
+        case Validated(files=files, failed=failed, duration_s=duration) if files or failed:
+            folder = f" in {Path(files[0]).parent}" if files else ""
+            lost = f"; {len(failed)} failed: {'; '.join(failed)}" if failed else ""
+            return f"Drew {len(files)} pictures at step {event.progress.step} ({duration:.1f} s){folder}{lost}"
+        case Finished(progress=progress, pipeline=pipeline):
+            where = f"; the pipeline is in {pipeline}" if pipeline else ""
+            return f"Finished: {progress.step} steps, {progress.images} images{where}"
+        case Stopped(progress=progress, reason=reason):
+            return f"Stopped after step {progress.step}{': ' + reason if reason else ''}"
+    return None
+
+
+def say(event: Event) -> None:
+    """Log the event's message; failed pictures as a warning."""
+    if isinstance(event, Stepped) and event.skipped:
+        log.warning("step %d was skipped: its loss or gradient norm is not finite", event.progress.step)
+        return
+    message = message_of(event)
+    if message is not None:
+        failed = isinstance(event, Validated) and bool(event.failed)
+        log.warning(message) if failed else log.info(message)
+
+
+class BarsSink:
+    """Progress bars on a terminal: one for each cache, one for the training; messages are printed above."""
+
+    def __init__(self, console: Console, refresh_per_s: float = 2.0):
+        self._console = console
+        self._refresh_per_s = refresh_per_s
+        self._bars: Bars | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._meter = Meter()
+        self._total_steps = 0
+
+    def emit(self, event: Event) -> None:
+        say(event)
+        match event:
+            case CacheProgress():
+                self._show_cache(event)
+            case Started():
+                self._total_steps = event.total_steps
+                self._show("train", "Training", event.progress.step, event.total_steps, "")
+            case Stepped():
+                self._meter.add(event)
+                text = self._meter.line(self._total_steps)
+                self._show("train", "Training", event.progress.step, self._total_steps, text)
+            case Finished() | Stopped():
+                self.close()
+
+    def close(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+        self._bars = None
+        self._tasks.clear()
+
+    def _show_cache(self, event: CacheProgress) -> None:
+        title = CACHE_TITLES.get(event.cache, f"Caching {event.cache}")
+        if event.total:
+            self._show(event.cache, title, event.done, event.total, "")
+        if event.finished:
+            self.close()
+
+    def _show(self, name: str, title: str, done: int, total: int, text: str) -> None:
+        if self._bars is None:
+            self._bars = self._open()
+        if name not in self._tasks:
+            self._tasks[name] = self._bars.add_task(title, total=total, completed=done, text=text)
+        self._bars.update(self._tasks[name], completed=done, total=total, text=text)
+
+    def _open(self) -> Bars:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        class CacheTimeLeft(TimeRemainingColumn):
+            """The time left of a cache; the training's own text carries its time."""
+
+            def render(self, task: Any) -> Any:
+                return "" if task.fields["text"] else super().render(task)
+
+        bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}", markup=False),
+            CacheTimeLeft(compact=True),
+            console=self._console,
+            refresh_per_second=self._refresh_per_s,
+            transient=False,
+        )
+        bars.start()
+        return bars
+
+
+class LinesSink:
+    """Plain lines where there is no terminal: each tenth of the way and every so many seconds."""
+
+    def __init__(self, every_s: float = 10.0, now: Callable[[], float] = time.monotonic):
+        self._every_s = every_s
+        self._now = now
+        self._last_s: dict[str, float] = {}
+        self._tenth: dict[str, int] = {}
+        self._meter = Meter()
+        self._total_steps = 0
+        self._first_step = 0
+
+    def emit(self, event: Event) -> None:
+        say(event)
+        match event:
+            case CacheProgress(cache=cache, done=done, total=total) if total:
+                if self._turn(cache, done, total):
+                    title = CACHE_TITLES.get(cache, f"Caching {cache}")
+                    log.info("%s: %d of %d (%d %%)", title, done, total, 100 * done // total)
+            case Started():
+                self._total_steps, self._first_step = event.total_steps, event.progress.step
+            case Stepped():
+                self._meter.add(event)
+                step, total = event.progress.step, self._total_steps
+                if self._turn("train", step, total) or step == self._first_step + 1:
+                    log.info("step %d of %d  %s", step, total, self._meter.line(total))
+
+    def close(self) -> None:
+        pass
+
+    def _turn(self, name: str, done: int, total: int) -> bool:
+        """Whether a line is due: a new tenth, the end, or enough seconds after the last one."""
+        tenth, now = (10 * done // total if total else 0), self._now()
+        due = tenth > self._tenth.get(name, 0) or now - self._last_s.setdefault(name, now) >= self._every_s
+        if due:
+            self._tenth[name], self._last_s[name] = tenth, now
+        return due
+
+
+def screen(console: Console) -> Sink:
+    """The sink for this console: bars on a terminal, lines elsewhere."""
+    return BarsSink(console) if console.is_terminal else LinesSink()

@@ -1,0 +1,1 @@
+"""The parts of ``scripts/build_nano.py``: drawing, text encoder, autoencoder, transformer, scores."""

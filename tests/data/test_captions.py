@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from sana_tune.config.choices import CAPTION_STRATEGIES
+from sana_tune.data.captions import STRATEGIES, CaptionRules, Missing, caption_key, captions_of, clean_caption
+
+FILES = {
+    "cats/one.txt": "A red cat\n\n  on a MAT  \n",
+    "cats/bom.txt": "\ufeffÜber cat",
+    "cats/empty.txt": " \n\n",
+    "cats/latin.txt": b"\xfcber",
+}
+
+
+def read(key: str) -> bytes | None:
+    content = FILES.get(key)
+    return content.encode() if isinstance(content, str) else content
+
+
+def test_the_config_offers_exactly_these_strategies():
+    assert set(STRATEGIES) == set(CAPTION_STRATEGIES)
+
+
+def test_file_names():
+    assert captions_of("cats/A_red__Cat.v2.png", read, CaptionRules("filename")) == ("a red  cat.v2",)
+
+
+def test_text_files_hold_a_variant_per_line():
+    assert captions_of("cats/one.png", read, CaptionRules("textfile")) == ("a red cat", "on a mat")
+
+
+def test_a_text_file_as_one_caption():
+    rules = CaptionRules("textfile", one_per_line=False)
+    assert captions_of("cats/one.png", read, rules) == ("a red cat\n\n  on a mat",)
+
+
+def test_a_byte_order_mark_is_no_text():
+    assert captions_of("cats/bom.png", read, CaptionRules("textfile")) == ("über cat",)
+
+
+def test_case_can_be_kept():
+    assert captions_of("cats/one.png", read, CaptionRules("textfile", case="keep")) == ("A red cat", "on a MAT")
+
+
+@pytest.mark.parametrize(
+    "key, reason",
+    [
+        ("cats/none.png", "there is no caption file cats/none.txt"),
+        ("cats/empty.png", "the caption file cats/empty.txt is empty"),
+        ("cats/latin.png", "the caption file cats/latin.txt is not UTF-8 text"),
+    ],
+)
+def test_missing_captions_say_why(key: str, reason: str):
+    assert captions_of(key, read, CaptionRules("textfile")) == Missing(reason)
+
+
+def test_a_file_name_of_underscores_is_no_caption():
+    assert captions_of("__.png", read, CaptionRules("filename")) == Missing("its caption is empty")
+
+
+def test_instance_prompts():
+    rules = CaptionRules("instanceprompt", instance_prompts=("A Cat", "my cat"))
+    assert captions_of("x.png", read, rules) == ("a cat", "my cat")
+    assert captions_of("x.png", read, replace(rules, instance_prompts=())) == Missing("instance_prompt is not set")
+
+
+def test_prepending_combines_prompts_and_captions():
+    rules = CaptionRules("textfile", instance_prompts=("Sks", "old"), prepend=True)
+    assert captions_of("cats/one.png", read, rules) == (
+        "sks a red cat",
+        "old a red cat",
+        "sks on a mat",
+        "old on a mat",
+    )
+    assert captions_of("x.png", read, replace(rules, strategy="instanceprompt")) == ("sks", "old")
+    assert isinstance(captions_of("x.png", read, CaptionRules("filename", prepend=True)), Missing)
+
+
+def test_only_the_instance_prompt():
+    rules = CaptionRules("textfile", instance_prompts=("Sks",), only=True)
+    assert captions_of("cats/none.png", read, rules) == ("sks",)
+
+
+@pytest.mark.parametrize("text, lower", [("  A Cat \n", "a cat"), ("ÄÖ\tx", "äö\tx"), ("\u3000İ ẞ ", "i̇ ß")])
+def test_cleaning_is_lower_and_strip(text: str, lower: str):
+    assert clean_caption(text, "lower") == lower == text.lower().strip()
+    assert clean_caption(text, "keep") == text.strip()
+
+
+def test_caption_keys():
+    assert caption_key("a/b.c/d.e.png") == "a/b.c/d.e.txt"

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image, ImageOps
+
+from sana_tune.data import images
+from sana_tune.data.geometry import Box, Placement, Rules, Size, place
+from sana_tune.data.images import BrokenImage, decode, measure, prepare
+from tests.data.pictures import encoded, noise
+
+LOSSLESS = {"PNG": {}, "TIFF": {}, "WEBP": {"lossless": True}}
+
+
+def with_orientation(format: str, orientation: int, **options) -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return encoded(noise(40, 24), format, exif=exif.tobytes(), **options)
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_exif_orientation_is_applied_as_pillow_does_it(format: str, orientation: int):
+    data = with_orientation(format, orientation, **LOSSLESS.get(format, {}))
+    with Image.open(io.BytesIO(data)) as image:
+        expected = ImageOps.exif_transpose(image).convert("RGB")
+    assert expected.size == ((24, 40) if orientation >= 5 else (40, 24))
+    assert measure(data) == expected.size
+    np.testing.assert_array_equal(np.asarray(decode(data)), np.asarray(expected))
+
+
+def test_orientation_behind_the_pixels_of_a_png_counts():
+    plain = encoded(noise(40, 24))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    end = plain.rindex(b"IEND") - 4
+    data = plain[:end] + chunk(b"eXIf", exif.tobytes()[6:]) + plain[end:]
+    assert measure(data) == decode(data).size == (24, 40)
+
+
+def test_measuring_reads_no_pixels(monkeypatch: pytest.MonkeyPatch):
+    data = {format: with_orientation(format, 6) for format in ("JPEG", "PNG", "WEBP")}
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("pixels were decoded"))
+    assert {measure(one) for one in data.values()} == {(24, 40)}
+
+
+def test_an_unknown_orientation_is_none():
+    assert measure(with_orientation("JPEG", 9)) == decode(with_orientation("JPEG", 9)).size == (40, 24)
+
+
+def test_transparency_shows_white_and_hides_the_colour_below():
+    rgba = noise(8, 8, channels=4)
+    rgba[..., 3] = np.linspace(0, 255, 64).reshape(8, 8)
+    alpha = rgba[..., 3:].astype(float) / 255
+    shown = np.asarray(decode(encoded(rgba))).astype(float)
+    assert np.abs(shown - (rgba[..., :3] * alpha + 255 * (1 - alpha))).max() <= 1
+    assert (shown[0, 0] == 255).all()
+
+
+def test_transparency_of_grey_palette_and_colour_key():
+    grey = Image.fromarray(np.array([[[0, 0], [0, 255]]], dtype=np.uint8), "LA")
+    assert np.asarray(decode(encoded(grey))).tolist() == [[[255] * 3, [0] * 3]]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putpixel((1, 0), 1)
+    shown = np.asarray(decode(encoded(palette, transparency=0)))
+    assert shown.tolist() == [[[255] * 3, [40, 50, 60]]]
+    key = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], dtype=np.uint8))
+    assert np.asarray(decode(encoded(key, transparency=(1, 2, 3)))).tolist() == [[[255] * 3, [4, 5, 6]]]
+
+
+def test_sixteen_bit_grey_is_rounded():
+    values = np.array([[0, 128, 129, 257, 32768, 65535]], dtype=np.uint16)
+    shown = np.asarray(decode(encoded(Image.fromarray(values))))[0, :, 0]
+    assert shown.tolist() == [0, 0, 1, 1, 128, 255]
+    assert shown.tolist() == np.round(values[0] / 257).tolist()
+
+
+@pytest.mark.parametrize(
+    "mode, format", [("1", "PNG"), ("L", "JPEG"), ("P", "GIF"), ("CMYK", "JPEG"), ("YCbCr", "JPEG")]
+)
+def test_other_modes_become_rgb(mode: str, format: str):
+    image = Image.fromarray(noise(16, 8)).convert(mode)
+    data = encoded(image, format)
+    with Image.open(io.BytesIO(data)) as again:
+        expected = np.asarray(again.convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(decode(data)), expected)
+
+
+def test_the_first_frame_of_an_animation():
+    frames = [Image.fromarray(noise(8, 8, seed)) for seed in (1, 2)]
+    data = encoded(frames[0], "PNG", save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(np.asarray(decode(data)), np.asarray(frames[0]))
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF", "GIF"])
+def test_any_cut_off_or_garbled_file_is_broken_or_fine_but_never_a_crash(format: str):
+    whole = encoded(noise(64, 64), format)
+    random = np.random.default_rng(0)
+    told = 0
+    for _ in range(60):
+        data = bytearray(whole[: random.integers(0, len(whole) + 1)])
+        for byte in random.integers(0, max(1, len(data)), 5):
+            if data:
+                data[byte] = random.integers(0, 256)
+        for read in (measure, decode):
+            try:
+                read(bytes(data))
+            except BrokenImage as error:
+                assert error.reason
+                told += 1
+    assert told > 20
+
+
+def test_a_picture_cut_in_its_body_measures_but_does_not_decode():
+    data = encoded(noise(64, 64), "JPEG", quality=95)
+    assert measure(data[: len(data) // 2]) == (64, 64)
+    with pytest.raises(BrokenImage, match="is damaged"):
+        decode(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("data", [b"", b"not a picture", b"\xff\xd8\xff"])
+def test_no_picture_at_all(data: bytes):
+    with pytest.raises(BrokenImage, match=r"is not a picture|is damaged"):
+        measure(data)
+
+
+def test_float_and_32_bit_pixels_are_refused():
+    with pytest.raises(BrokenImage, match="floating-point"):
+        decode(encoded(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF"))
+    with pytest.raises(BrokenImage, match="32-bit"):
+        decode(encoded(Image.fromarray(np.full((2, 2), 1 << 20, np.int32)), "TIFF"))
+
+
+def test_large_pictures_are_read_and_absurd_ones_are_not(monkeypatch: pytest.MonkeyPatch, recwarn):
+    header = encoded(np.zeros((1, 1, 3), np.uint8))
+    large = header.replace(struct.pack(">II", 1, 1), struct.pack(">II", 20_000, 12_000))
+    large = large[:29] + struct.pack(">I", zlib.crc32(large[12:29])) + large[33:]
+    assert measure(large) == (20_000, 12_000)  # 240 megapixels; Pillow's own limit is 179
+    assert not recwarn.list
+    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
+    with pytest.raises(BrokenImage, match="at most"):
+        measure(encoded(noise(40, 30)))
+
+
+def test_preparing_is_one_lanczos_resize_and_a_crop():
+    data = encoded(noise(300, 150))
+    placement = place(Size(300, 150), Rules(resolution=64, crop=True))
+    with Image.open(io.BytesIO(data)) as image:
+        expected = image.resize((128, 64), Image.Resampling.LANCZOS).crop((32, 0, 96, 64))
+    prepared = prepare(data, placement)
+    assert prepared.dtype == np.uint8 and prepared.shape == (64, 64, 3) and prepared.flags.c_contiguous
+    np.testing.assert_array_equal(prepared, np.asarray(expected))
+
+
+def test_a_picture_of_the_right_size_is_not_resampled():
+    picture = noise(64, 96)
+    prepared = prepare(encoded(picture), Placement(Size(64, 96), Box(0, 0, 64, 96)))
+    np.testing.assert_array_equal(prepared, picture)

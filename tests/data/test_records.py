@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sana_tune.data.geometry import Box, Placement, Size
+from sana_tune.data.records import Keys, digest
+from tests.data.pictures import record
+
+
+def test_digests_are_fixed():
+    """A key must mean the same tomorrow, or every cache is lost."""
+    assert digest("a", 1, 0.5, ["ü"]) == digest("a", 1, 0.5, ["ü"]) != digest("a1", 0.5, ["ü"])
+    assert len(digest("a")) == 32
+    assert Keys("vae", "text").text("a cat") == "5fcb9c2e8e1d9fc32d91b82bfd746731"
+    assert Keys("vae", "text").latent(record("a.png")) == "8b7fe07f8e50b804ac9effeae13a12ef"
+
+
+def test_a_latent_depends_on_content_placement_and_encoder_alone():
+    keys, one = Keys("vae", "text"), record("a.png")
+    same = replace(one, dataset="dogs", key="b.png", captions=("x",), width_px=1)
+    assert keys.latent(one) == keys.latent(same)
+    others = [
+        keys.latent(replace(one, content_hash="other")),
+        keys.latent(replace(one, placement=Placement(Size(64, 65), Box(0, 0, 64, 64)))),
+        keys.latent(replace(one, placement=Placement(Size(64, 64), Box(0, 0, 64, 32)))),
+        Keys("vae2", "text").latent(one),
+        keys.text("hash of a.png"),
+    ]
+    assert len({keys.latent(one), *others}) == 1 + len(others)
+
+
+def test_a_text_key_depends_on_caption_and_encoder_alone():
+    texts = [Keys(vae, text).text(caption) for vae in "ab" for text in "ab" for caption in ("", "x")]
+    assert len(set(texts)) == 4
+
+
+def test_ids_name_dataset_and_key():
+    assert record("a/b.png").id == "cats/a/b.png"

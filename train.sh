@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Trains: prepares the environment once, then runs `sana_tune train` with the flags given here.
+#
+#   ./train.sh --example nano             the built-in example: minutes on two CPU cores, nothing to download
+#   ./train.sh                            config/config.json
+#   ENV=name ./train.sh                   config/name/config.json
+#   CONFIG_PATH=file.json ./train.sh      that file
+#   ./train.sh --learning_rate 2e-5 …     every setting of config.json can be given as a flag
+#
+# MIXED_PRECISION is honoured where the config names none; VENV_PATH names the Python environment (else the active
+# one, else .venv). config/config.env and config/$ENV/config.env are read into the environment first, as ever.
+# The exit code is the trainer's.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+die() {
+    printf 'train.sh: %s\n' "$@" >&2
+    exit 1
+}
+
+read_variables() {
+    [ -f "$1" ] || return 0
+    set +eu -a
+    # shellcheck source=/dev/null
+    . "$1"
+    set -eu +a
+}
+
+read_variables config/config.env
+named=${SIMPLETUNER_ENVIRONMENT:-${SIMPLETUNER_ENV:-${ENV:-default}}}
+[ "$named" = default ] || read_variables "config/$named/config.env"
+
+# What can be refused at once is refused before an installation of minutes; the trainer checks all of it again.
+for name in TRAINING_NUM_PROCESSES TRAINING_NUM_MACHINES; do
+    number=${!name:-1}
+    [[ $number =~ ^[01]$ ]] || die "$name is $number; training runs in one process for now: unset it or set it to 1"
+done
+
+config_is_named() {
+    [ -z "${CONFIG_PATH:-}" ] && [ "$named" = default ] || return 0
+    local flag
+    for flag in "$@"; do
+        case "$flag" in
+            --config | --config=* | --env | --env=* | env=* | --example | --example=* | example=* | -e* | -h | --help) return 0 ;;
+        esac
+    done
+    [ -f config.json ] || [ -f config/config.json ]
+}
+
+config_is_named "$@" || die "there is no config/config.json here ($PWD). You can" \
+    "  - see it work first:      ./train.sh --example nano" \
+    "  - start your own:         cp config/config.json.example config/config.json, then edit it" \
+    "  - name a config:          ./train.sh --config path/to/config.json"
+
+bin=$("$root/scripts/setup.sh")
+exec "$bin/sana_tune" train "$@"
