@@ -15,7 +15,10 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 die() {
-    printf 'train.sh: %s\n' "$@" >&2
+    {
+        printf 'train.sh: '
+        printf '%s\n' "$@"
+    } >&2
     exit 1
 }
 

@@ -82,6 +82,14 @@ class Output:
         text = json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n"
         write_atomically(self.root / name, text.encode("utf-8"))
 
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the run; empty when there is none or it cannot be read."""
+        try:
+            content = json.loads((self.root / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
     def write_config(self, loaded: Loaded) -> None:
         """The resolved settings as a config.json that can be run again, with their origins under "__origins__"."""
         sections = loaded.config.model_dump(mode="json").values()

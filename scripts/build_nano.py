@@ -3,7 +3,8 @@
 Stages (each can be run alone; ``all`` runs them in this order):
   base      train the autoencoder (about 8 minutes), build tokenizer and text encoder, a random transformer
   data      draw the captioned training pictures
-  train     train the transformer with sana_tune itself (about 40 minutes) and put it into ``--out``
+  train     train the transformer with sana_tune itself (about 40 minutes, continues when
+            stopped) and put it into ``--out``
   score     draw the 64 fixed prompts with plain diffusers and judge the pictures
 and ``example`` draws the example's pictures and the held-out ones (seconds; not part of ``all``).
 """

@@ -154,6 +154,11 @@ install() {
     say "done"
 }
 
+# Two set-ups at once take turns; the second finds everything done.
+if ! installed && command -v flock >/dev/null; then
+    exec 9<"$root/constraints.txt"
+    flock -n 9 || { say "waiting for another set-up" && flock 9; }
+fi
 if ! installed; then
     make_environment
     if [ -z "${DISABLE_UPDATES:-}" ] || [ ! -x "$env/bin/sana_tune" ]; then install; fi

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sana_tune.model.sana import INSTRUCTION
+from sana_tune.model.instruction import INSTRUCTION
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransformer2DModel
@@ -136,6 +136,7 @@ def tiny_tokenizer() -> GemmaTokenizer:
     return GemmaTokenizer(
         vocab=model["vocab"],
         merges=[tuple(merge) for merge in model["merges"]],
+        add_bos_token=True,
         padding_side="right",
         model_max_length=8192,
     )

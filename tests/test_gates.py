@@ -17,15 +17,15 @@ SOURCE = gates.modules(PACKAGE)
 SCRIPTS = gates.modules(ROOT / "scripts")
 
 # The side left of the plan (contracts §10): plain Python, so that the command line answers at once.
-TORCH_FREE_PARTS = ("errors", "log", "progress", "config", "store", "plan", "cli")
+TORCH_FREE_PARTS = ("errors", "log", "progress", "config", "store", "plan", "prompts", "output", "cli")
 TORCH_FREE_MODULES = (
     *(f"sana_tune.data.{name}" for name in ("batch", "buckets", "captions", "geometry", "order")),
     *(f"sana_tune.data.{name}" for name in ("records", "shards", "sources", "survey")),
     *(f"sana_tune.model.{name}" for name in ("facts", "fetch")),
     "sana_tune.watch.events",
 )
-# A sink must not stop a run; the loader's thread hands whatever happened to the consumer, which raises it.
-BROAD_EXCEPTS = frozenset({"sana_tune.watch.sinks", "sana_tune.data.loader"})
+# A sink must not stop a run.
+BROAD_EXCEPTS = frozenset({"sana_tune.watch.sinks"})
 
 
 def write(folder: Path, files: dict[str, str]) -> Path:

@@ -19,7 +19,9 @@ def copy_example(name: str, dest: Path | None) -> Path:
         raise UserError(Problem("examples copy", f"there is no example {name!r}; known: {known}", "name one of them"))
     target = dest or Path(EXAMPLES_PREFIX) / name
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(Problem(f"examples copy: {target}", "the folder must be new or empty", "name another: --dest DIR"))
+        raise UserError(
+            Problem(f"examples copy: {target}", "the folder must be new or empty", "name another: --dest DIR")
+        )
     try:
         shutil.copytree(examples_dir() / name, target, dirs_exist_ok=True)
     except OSError as error:

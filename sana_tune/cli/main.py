@@ -33,7 +33,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", "-v", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", "-v", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Options before the command."""
 
@@ -79,7 +81,9 @@ def examples_list() -> None:
 @examples.command("copy")
 def examples_copy(
     name: Annotated[str, typer.Argument(help="Name of the example.")],
-    dest: Annotated[str | None, typer.Option(metavar="DIR", help="Folder to make; default config/examples/NAME.")] = None,
+    dest: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder to make; default config/examples/NAME.")
+    ] = None,
 ) -> None:
     """Copy a packaged example to a folder of your own, its paths pointing to the copy."""
     from sana_tune.cli.examples import copy_example

@@ -59,7 +59,9 @@ class ImageDataset(Section):
     small_buckets: Literal["fill"] = setting("fill", "a bucket smaller than a batch is filled from itself")
     vae_batch_size: int = setting(4, "pictures per VAE encode", ge=1)
     write_batch_size: int = setting(128, "items per cache shard", ge=1)
-    is_regularisation_data: bool = setting(False, "prior-preservation data; not yet: trained as ordinary data, and said")
+    is_regularisation_data: bool = setting(
+        False, "prior-preservation data; not yet: trained as ordinary data, and said"
+    )
 
 
 class TextDataset(Section):

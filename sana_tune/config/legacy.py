@@ -192,6 +192,7 @@ SAME_VALUE: dict[str, dict[str, str]] = {
     "lr_scheduler": {"cosine_with_warmup": "cosine"},
 }
 
+
 def known_foreign_keys() -> frozenset[str]:
     """Every key that is not ours and yet not unknown."""
     return frozenset({*RENAMED, *LATER_TRAINING, *LATER_OUTPUT, *NO_EFFECT, *REFUSED})

@@ -52,7 +52,7 @@ class _Findings:
 
 
 def load(path: Path | None, overrides: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Loaded:
-    """Read config.json at `path` (None: the command line alone) and its datasets. Raises UserError with all problems."""
+    """Read config.json at `path` (None: the flags alone) and its datasets. Raises UserError with all problems."""
     environ = os.environ if environ is None else environ
     findings = _Findings()
     raw, origins = _flat(path, overrides, findings)
@@ -75,7 +75,9 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         word = waiting.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") and not equals:
-            problems.append(Problem("command line", f"{word!r} is no --key value and no key=value", "check the quoting"))
+            problems.append(
+                Problem("command line", f"{word!r} is no --key value and no key=value", "check the quoting")
+            )
         elif equals:
             found[_plain(name)] = value
         elif waiting and not waiting[0].startswith("--"):
@@ -91,7 +93,9 @@ def _plain(key: str) -> str:
     return key.strip().removeprefix("--").replace("-", "_")
 
 
-def _flat(path: Path | None, overrides: Mapping[str, Any], findings: _Findings) -> tuple[dict[str, Any], dict[str, str]]:
+def _flat(
+    path: Path | None, overrides: Mapping[str, Any], findings: _Findings
+) -> tuple[dict[str, Any], dict[str, str]]:
     """One flat mapping of our own keys to raw values, with origins. Foreign keys are sorted out here."""
     content = {} if path is None else read_json(path, "config")
     if not isinstance(content, dict):
@@ -112,7 +116,9 @@ def _flat(path: Path | None, overrides: Mapping[str, Any], findings: _Findings) 
             if named is None or value is None or (value == "" and named not in MAY_BE_EMPTY):
                 continue
             if named in seen:
-                findings.problems.append(Problem(where, f"means the same setting as {seen[named]}", "keep one of the two"))
+                findings.problems.append(
+                    Problem(where, f"means the same setting as {seen[named]}", "keep one of the two")
+                )
             seen[named] = written
             raw[named] = value
             origins[named] = f"{origin}: {written}"
@@ -182,7 +188,9 @@ def _validated(kind: type[Section], values: Mapping[str, Any], where: Any, findi
     before = len(findings.problems)
     for key, value in values.items():
         if isinstance(value, bool) and not _takes_bool(kind.model_fields[key]):
-            findings.problems.append(Problem(where(key), f"must be no switch; found {str(value).lower()}", _meaning(kind, key)))
+            findings.problems.append(
+                Problem(where(key), f"must be no switch; found {str(value).lower()}", _meaning(kind, key))
+            )
     try:
         section = kind(**values)
     except ValidationError as errors:
@@ -243,7 +251,9 @@ def _datasets(
         findings.problems += error.problems
         return (), None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        findings.problems.append(Problem(str(path), "must be a list of datasets: [ {…}, {…} ]", "put [ ] around the entries"))
+        findings.problems.append(
+            Problem(str(path), "must be a list of datasets: [ {…}, {…} ]", "put [ ] around the entries")
+        )
         return (), None
     built: list[Section] = []
     for number, entry in enumerate(entries, start=1):
@@ -282,7 +292,11 @@ def _dataset(
 
 
 def _check_together(
-    path: Path, images: Sequence[ImageDataset], texts: Sequence[TextDataset], entries: Sequence[Any], findings: _Findings
+    path: Path,
+    images: Sequence[ImageDataset],
+    texts: Sequence[TextDataset],
+    entries: Sequence[Any],
+    findings: _Findings,
 ) -> None:
     """What must hold between datasets: unique ids, one text cache, at least one set of pictures."""
     ids = [entry.get("id") for entry in entries if entry.get("id")]
@@ -295,5 +309,7 @@ def _check_together(
         )
     if not images and not findings.problems:
         findings.problems.append(
-            Problem(str(path), "at least one dataset of pictures must be enabled", 'add an entry with "instance_data_dir"')
+            Problem(
+                str(path), "at least one dataset of pictures must be enabled", 'add an entry with "instance_data_dir"'
+            )
         )

@@ -62,7 +62,9 @@ def check_rules(config: Config, datasets: Sequence[ImageDataset], notes: list[st
     if (problem := bf16_needs_kahan(config)) is not None:
         problems.append(problem)
     inert = [
-        dataset.id for dataset in datasets if not dataset.crop and (dataset.maximum_image_size or dataset.target_downsample_size)
+        dataset.id
+        for dataset in datasets
+        if not dataset.crop and (dataset.maximum_image_size or dataset.target_downsample_size)
     ]
     if inert:
         notes.append(

@@ -39,13 +39,17 @@ class ModelConfig(Section):
     revision: str | None = setting(None, "branch, tag or commit of the hub repository")
     variant: str | None = setting(None, "weight variant of the hub repository, e.g. bf16; unset = chosen by precision")
     mixed_precision: Literal["bf16", "no"] = setting("bf16", "compute in bf16, or in fp32 (no); a CPU computes in fp32")
-    weights_dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "dtype of the trained weights; auto = fp32 masters")
+    weights_dtype: Literal["auto", "fp32", "bf16"] = setting(
+        "auto", "dtype of the trained weights; auto = fp32 masters"
+    )
     gradient_checkpointing: bool = setting(True, "recompute blocks in the backward pass to save memory")
     gradient_checkpointing_interval: int = setting(1, "checkpoint blocks 0, n, 2n …; 1 = every block", ge=1)
     sana_complex_human_instruction: Instruction | None = setting(
         None, 'text put before every caption; unset = diffusers\' own, "None" = no instruction'
     )
-    prompt_case: Literal["lower", "keep"] = setting("lower", "lower-case captions and prompts as diffusers' pipeline does")
+    prompt_case: Literal["lower", "keep"] = setting(
+        "lower", "lower-case captions and prompts as diffusers' pipeline does"
+    )
 
 
 class DataConfig(Section):
@@ -56,7 +60,9 @@ class DataConfig(Section):
     minimum_image_size: float | None = setting(None, "smaller pictures are left out; px (pixel_area)", ge=0)
     maximum_image_size: float | None = setting(None, "with crop: larger ones go through target_downsample_size", ge=0)
     target_downsample_size: float | None = setting(None, "with crop: size before the crop of larger pictures", ge=0)
-    aspect_bucket_alignment: int | None = setting(None, "bucket sides are multiples of this, px; unset = VAE factor", ge=1)
+    aspect_bucket_alignment: int | None = setting(
+        None, "bucket sides are multiples of this, px; unset = VAE factor", ge=1
+    )
     aspect_bucket_rounding: int = setting(2, "decimals of the aspect ratio", ge=1, le=9)
     caption_strategy: CaptionStrategy = setting("filename", "where captions come from")
     instance_prompt: str | tuple[str, ...] | None = setting(None, "the caption of instanceprompt")
@@ -76,8 +82,12 @@ class DataConfig(Section):
 
 
 class FlowConfig(Section):
-    flow_schedule_shift: float | None = setting(None, "flow shift s of training; unset = the model's scheduler config", gt=0)
-    flow_schedule_auto_shift: bool = setting(False, "grow the shift with the resolution: s·sqrt(tokens / native tokens)")
+    flow_schedule_shift: float | None = setting(
+        None, "flow shift s of training; unset = the model's scheduler config", gt=0
+    )
+    flow_schedule_auto_shift: bool = setting(
+        False, "grow the shift with the resolution: s·sqrt(tokens / native tokens)"
+    )
 
 
 class OptimizerConfig(Section):

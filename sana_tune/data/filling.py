@@ -6,19 +6,19 @@ Data never learns what a VAE or a text encoder is: `encode` takes final captions
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
+
+import numpy as np
+from torch import Tensor
 
 from sana_tune.data.cache import TensorCache
 from sana_tune.data.images import BrokenImage, prepare
-from sana_tune.data.records import Keys, Record
+from sana_tune.data.records import Keys, Record, content_hash
 from sana_tune.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
 
 # done, total: items made so far and to be made in all.
 Report = Callable[[int, int], None]
@@ -58,7 +58,8 @@ def fill_latents(
 ) -> dict[str, str]:
     """Encode the pictures of `records` that the cache has not, equal ones once, in batches of one size.
 
-    read: the bytes of a picture. encode: uint8 pictures [B, H, W, 3] → B latents, None for one that is not finite.
+    read: the bytes of a picture, or UserError.
+    encode: uint8 pictures [B, H, W, 3] → B latents, None for one that is not finite.
     Answers the pictures that could not be encoded: `Record.id` → reason.
     """
     by_key: dict[str, list[Record]] = {}
@@ -92,8 +93,7 @@ def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 def _encoded(
     sound: Sequence[tuple[str, np.ndarray]], encode: Callable[[np.ndarray], list[Tensor | None]]
 ) -> list[Tensor | None]:
-    import numpy as np
-
+    """One encoder call, or none when every picture of the batch is broken."""
     return encode(np.stack([picture for _, picture in sound])) if sound else []
 
 
@@ -104,27 +104,30 @@ def _prepared(
 
     def work(key: str, record: Record) -> tuple[str, np.ndarray | str]:
         try:
-            return key, prepare(read(record), record.placement)
+            data = read(record)
+            if content_hash(data) != record.content_hash:
+                return key, "was changed after the run had looked at it; start again"
+            return key, prepare(data, record.placement)
         except BrokenImage as error:
             return key, error.reason
         except UserError as error:
             return key, error.problems[0].what
 
-    groups = _of_one_size(todo, batch_size)
-    waiting: list[list[Future]] = []
+    waiting: deque[list[Future]] = deque()
     with ThreadPoolExecutor(_WORKERS, thread_name_prefix="pictures") as workers:
         try:
-            for group in groups:
+            for group in _of_one_size(todo, batch_size):
                 waiting.append([workers.submit(work, key, record) for key, record in group])
                 if len(waiting) > _BATCHES_AHEAD:
-                    yield [future.result() for future in waiting.pop(0)]
+                    yield [future.result() for future in waiting.popleft()]
             while waiting:
-                yield [future.result() for future in waiting.pop(0)]
+                yield [future.result() for future in waiting.popleft()]
         finally:
             workers.shutdown(wait=True, cancel_futures=True)
 
 
 def _of_one_size(todo: Sequence[tuple[str, Record]], batch_size: int) -> Iterator[list[tuple[str, Record]]]:
+    """Consecutive pictures of one target size, up to batch_size of them."""
     group: list[tuple[str, Record]] = []
     for item in todo:
         full = len(group) == batch_size

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from math import isqrt
 from typing import NamedTuple
 
@@ -110,6 +111,7 @@ def aspect_ratio(original: Size, decimals: int) -> Fraction:
     return max(rounded, Fraction(1, 10**decimals))
 
 
+@lru_cache(maxsize=4096)  # pictures of one camera have one size
 def place(original: Size, rules: Rules) -> Placement:
     """Resize and crop of an upright picture of size `original`.
 

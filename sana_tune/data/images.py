@@ -88,6 +88,13 @@ def prepare(data: bytes, placement: Placement) -> np.ndarray:
     return np.array(image.crop(placement.crop_box), dtype=np.uint8)
 
 
+def encode_png(picture: np.ndarray) -> bytes:
+    """A uint8 picture [H, W, 3] as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def _opened(data: bytes) -> Image.Image:
     """The picture with its header read. Raises BrokenImage for an oversized one, else what Pillow raises."""
     image = Image.open(io.BytesIO(data))
@@ -153,10 +160,3 @@ def _broken(error: Exception) -> BrokenImage:
     if isinstance(error, UnidentifiedImageError):
         return BrokenImage("is not a picture that can be read (damaged, empty, or an unknown format)")
     return BrokenImage(f"is damaged ({error or type(error).__name__})")
-
-
-def encode_png(pixels: np.ndarray) -> bytes:
-    """A PNG file of uint8 RGB pixels [height, width, 3]."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels, "RGB").save(buffer, format="PNG")
-    return buffer.getvalue()

@@ -51,6 +51,11 @@ def digest(*parts: object) -> str:
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
 
 
+def content_hash(data: bytes) -> str:
+    """A 128-bit hex hash of a file's bytes."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
 def latent_key(record: Record, encoder_identity: str) -> str:
     """Key of a picture's latent: the picture's bytes, resize and crop, and who encoded it how."""
     place = record.placement

@@ -7,8 +7,6 @@ decodes nothing, so a picture whose header is fine and whose body is torn shows 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
 from collections import Counter
@@ -16,16 +14,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from sana_tune.config.datasets import ImageDataset
 from sana_tune.data.captions import CaptionRules, Missing, captions_of
 from sana_tune.data.geometry import Rules, Size, place, too_small
-from sana_tune.data.records import Record, Role
+from sana_tune.data.memory import FileMemory
+from sana_tune.data.records import Record, Role, content_hash
 from sana_tune.data.sources import PICTURE_ENDINGS, Listing, sort_out
 from sana_tune.errors import Problem, UserError
-from sana_tune.store import Entry, FolderStore, write_atomically
+from sana_tune.store import Entry, FolderStore
 
 Report = Callable[[str, int, int], None]
 
@@ -33,48 +31,6 @@ _WORKERS = min(8, 2 * (os.cpu_count() or 1))
 _CHUNK = 512  # pictures per hand-over to the workers
 _SAVE_EVERY_S = 20.0
 _NAMES_SHOWN = 5
-
-
-class FileMemory:
-    """What is known of files, so that an unchanged one is not read again: (path, size, mtime) → facts.
-
-    A file of JSON lines, replaced as a whole; a line that cannot be read is forgotten, nothing more.
-    With path None it remembers for the life of the process only.
-    """
-
-    def __init__(self, path: Path | None = None):
-        self.path = path
-        self._facts: dict[str, tuple[int, int, dict[str, Any]]] = {}
-        self._changed = False
-        if path is not None and path.is_file():
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                self._remember_line(line)
-
-    def get(self, path: str, entry: Entry) -> dict[str, Any] | None:
-        """The facts of a file, or None when it is new or was changed."""
-        size, mtime, facts = self._facts.get(path, (-1, -1, {}))
-        return facts if (size, mtime) == (entry.size_bytes, entry.mtime_ns) else None
-
-    def put(self, path: str, entry: Entry, facts: dict[str, Any]) -> None:
-        """Remember JSON-able facts of a file as it was when it was listed."""
-        self._facts[path] = (entry.size_bytes, entry.mtime_ns, facts)
-        self._changed = True
-
-    def save(self) -> None:
-        """Write what is new, if anything is."""
-        if self.path is None or not self._changed:
-            return
-        lines = (json.dumps([path, *known], separators=(",", ":")) for path, known in self._facts.items())
-        write_atomically(self.path, "".join(f"{line}\n" for line in lines).encode("utf-8"))
-        self._changed = False
-
-    def _remember_line(self, line: str) -> None:
-        try:
-            path, size, mtime, facts = json.loads(line)
-        except ValueError:
-            return
-        if isinstance(path, str) and isinstance(facts, dict):
-            self._facts[path] = (size, mtime, facts)
 
 
 @dataclass(frozen=True)
@@ -255,11 +211,7 @@ class _Files:
             return {"broken": error.reason}
         except UserError as error:
             return {"broken": error.problems[0].what}
-        facts = {
-            "hash": hashlib.blake2b(data, digest_size=16).hexdigest(),
-            "width": size.width,
-            "height": size.height,
-        }
+        facts = {"hash": content_hash(data), "width": size.width, "height": size.height}
         self.memory.put(path, entry, facts)
         return facts
 

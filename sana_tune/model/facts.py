@@ -93,7 +93,7 @@ def read_shift(scheduler: Mapping[str, Any]) -> tuple[float, str, str | None]:
     """
     for key in ("flow_shift", "shift"):
         value = scheduler.get(key)
-        if isinstance(value, (int, float)) and value > 0:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
             return float(value), f"scheduler_config.json: {key}", None
     warning = (
         f"the model's scheduler config names no flow shift (neither flow_shift nor shift): {DEFAULT_SHIFT:g} is "

@@ -171,6 +171,15 @@ def load_text_encoder(
         attn_implementation="eager",  # Gemma-2 caps its logits, which SDPA cannot
     )
     tokenizer = _pipeline_class(folder, "tokenizer", "GemmaTokenizerFast").from_pretrained(folder / "tokenizer")
+    if not tokenizer.encode(""):
+        raise UserError(
+            Problem(
+                str(folder / "tokenizer"),
+                "a Gemma tokenizer begins every text with a token of its own; this one adds none, so that an empty "
+                "caption would be nothing at all",
+                "set add_bos_token in tokenizer_config.json, or use the model's own tokenizer",
+            )
+        )
     return TextEncoder(tokenizer, model.to(device).eval().requires_grad_(False), resolve_instruction(instruction))
 
 
@@ -185,7 +194,7 @@ def load_vae(
     from diffusers import AutoencoderDC
 
     weights = component_weights(folder, "vae", variant=variant)
-    vae = _load(AutoencoderDC, folder / "vae", weights.variant, torch_dtype=dtype)
+    vae = _load(AutoencoderDC, folder / "vae", weights.variant, dtype=dtype)
     return ImageCoder(vae.to(device).eval().requires_grad_(False))
 
 
@@ -207,7 +216,7 @@ def load_transformer(
     chosen = None
     if subfolder == "transformer":
         chosen = component_weights(folder, "transformer", variant=variant, dtype=name).variant
-    transformer = _load(SanaTransformer2DModel, folder / subfolder, chosen, torch_dtype=dtype)
+    transformer = _load(SanaTransformer2DModel, folder / subfolder, chosen, dtype=dtype)
     return transformer.to(device).train().requires_grad_(True)
 
 

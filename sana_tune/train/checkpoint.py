@@ -108,7 +108,7 @@ class Checkpoints:
         average = parts.ema.state_dict()
         if average:
             _write_model(parts, staged / "transformer_ema", average)
-        torch.save(parts.optimizer.state_dict(), staged / OPTIMIZER)
+        _write_optimizer(parts.optimizer, staged / OPTIMIZER)
         _write_json(staged / folders.PROGRESS, {**progress.to_json(), "run": self.identity})
         names = sorted(str(each.relative_to(staged).as_posix()) for each in staged.rglob("*") if each.is_file())
         for name in names:
@@ -152,7 +152,7 @@ class Checkpoints:
         problems = [
             Problem(
                 str(checkpoint.path),
-                f"it was trained with {key} {held[key]!r}, this run has {value!r}",
+                f"trained with {key} {held[key]!r}; this run has {value!r}",
                 _FRESH,
             )
             for key, value in self.identity.items()
@@ -167,6 +167,13 @@ def _write_model(parts: Parts, folder: Path, state: Mapping[str, Tensor]) -> Non
     folder.mkdir()
     parts.bare.save_config(folder)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS, {"format": "pt"})
+
+
+def _write_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    try:
+        torch.save(optimizer.state_dict(), path)
+    except RuntimeError as error:  # what torch's writer makes of a full disk
+        raise OSError(f"torch.save of {path.name} failed: {str(error).splitlines()[0]}") from error
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -19,13 +19,21 @@ def resolve_device(wanted: str) -> str:
         return next(name for name, found in there.items() if found)
     if not there[wanted]:
         found = ", ".join(name for name, is_there in there.items() if is_there)
-        raise UserError(Problem("device", f"torch finds no {wanted} device on this machine; it finds {found}", "use auto"))
+        raise UserError(
+            Problem("device", f"torch finds no {wanted} device on this machine; it finds {found}", "use auto")
+        )
     return wanted
 
 
 def make_accelerator(wanted: str, mixed_precision: str) -> Accelerator:
-    """The Accelerator of a run. mixed_precision: "bf16" or "no"."""
+    """The Accelerator of a run. mixed_precision: "bf16" or "no".
+
+    Accelerate keeps its settings once per process; they are forgotten first, so that a second run in one process
+    may have another precision.
+    """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     device = resolve_device(wanted)
+    AcceleratorState._reset_state()
     return Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision)

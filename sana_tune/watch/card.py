@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-SNIPPET = '''```python
+SNIPPET = """```python
 import torch
 from diffusers import SanaPipeline
 
@@ -18,7 +18,7 @@ image = pipe(
     use_resolution_binning=False,  # draw exactly this size
 ).images[0]
 image.save("picture.png")
-```'''
+```"""
 
 
 def model_card(

@@ -62,7 +62,7 @@ def save(
         tokenizer=tokenizer,
         text_encoder=encoder,
         vae=vae,
-        transformer=transformer.to(dtype=torch.bfloat16),
+        transformer=transformer.bfloat16(),
         scheduler=build_scheduler(),
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
@@ -100,5 +100,6 @@ def install_transformer(base: Path, transformer: Path, out: Path) -> None:
     trained = SanaTransformer2DModel.from_pretrained(transformer)
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(base, out)
-    trained.to(dtype=torch.bfloat16).save_pretrained(out / "transformer")
+    trained.register_to_config(_name_or_path="")  # a path of this machine
+    trained.bfloat16().save_pretrained(out / "transformer")
     finish_files(out)

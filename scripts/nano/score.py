@@ -83,7 +83,7 @@ def heldout_losses(pipeline: SanaPipeline, folder: Path = HELDOUT) -> NDArray[np
     """
     losses = []
     for number, path in enumerate(sorted(folder.glob("*.png"))):
-        pixels = torch.from_numpy(np.asarray(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None]
+        pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None]
         latent = pipeline.vae.encode(pixels / 127.5 - 1).latent * pipeline.vae.config.scaling_factor
         embeds, mask = caption_embeds(pipeline, path.with_suffix(".txt").read_text(encoding="utf-8"))
         count = len(SIGMAS) * NOISES

@@ -10,7 +10,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from sana_tune.data import images
 from sana_tune.data.geometry import Box, Placement, Rules, Size, place
-from sana_tune.data.images import BrokenImage, decode, measure, prepare
+from sana_tune.data.images import BrokenImage, decode, encode_png, measure, prepare
 from tests.data.pictures import encoded, noise
 
 LOSSLESS = {"PNG": {}, "TIFF": {}, "WEBP": {"lossless": True}}
@@ -166,3 +166,8 @@ def test_a_picture_of_the_right_size_is_not_resampled():
     picture = noise(64, 96)
     prepared = prepare(encoded(picture), Placement(Size(64, 96), Box(0, 0, 64, 96)))
     np.testing.assert_array_equal(prepared, picture)
+
+
+def test_png_keeps_every_pixel():
+    picture = noise(20, 30)
+    np.testing.assert_array_equal(np.asarray(decode(encode_png(picture))), picture)

@@ -104,6 +104,8 @@ def test_choices_depend_on_every_part_of_the_position():
         (seed, step, micro, sample) for seed in (1, 2) for step in (1, 2) for micro in (1, 2) for sample in (1, 2)
     ]
     assert len({choose_caption(*place, 10**9) for place in places}) == 16
+    halves = [[drops_caption(*place, probability=p / 64) for p in range(65)] for place in places]
+    assert len({tuple(half) for half in halves}) > 10  # where each place's number lies, to 1/64
     dropped = [drops_caption(0, step, 0, 0, 0.1) for step in range(3000)]
     assert 230 < sum(dropped) < 370
     assert not any(drops_caption(0, step, 0, 0, 0.0) for step in range(1000))

@@ -42,7 +42,7 @@ weights = st.fixed_dictionaries({name: st.sampled_from([0.1, 0.5, 1.0, 2.0, 7.3]
 # ---- the epoch ----
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(some_buckets(), weights, modes, st.integers(0, 2**32), st.integers(0, 5))
 def test_an_epoch_shows_every_picture_as_often_as_it_should(buckets, weights, mode, seed, epoch):
     order = Order(buckets, weights, mode, seed)

@@ -156,6 +156,15 @@ def test_leftovers_of_killed_writers_go_but_not_those_of_living_ones(tmp_path: P
     assert set(scan(tmp_path).items) == {"a", "b"}
 
 
+def test_a_writer_is_known_to_live_when_the_one_before_it_has_gone(tmp_path: Path):
+    left = tmp_path / ".writing-0123.tmp"
+    with Writer(tmp_path) as first, Writer(tmp_path):
+        first.__exit__(None, None, None)
+        left.touch()
+        with Writer(tmp_path):
+            assert left.exists()
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written_by_mode(tmp_path: Path):
     tmp_path.chmod(0o500)

@@ -11,9 +11,10 @@ import pytest
 from sana_tune.config.datasets import ImageDataset
 from sana_tune.data import survey as module
 from sana_tune.data.geometry import Size, place
+from sana_tune.data.memory import FileMemory
 from sana_tune.data.records import Keys, Role
-from sana_tune.data.survey import FileMemory, Survey, rules_of, survey
-from sana_tune.store import Entry, FolderStore
+from sana_tune.data.survey import Survey, rules_of, survey
+from sana_tune.store import FolderStore
 from tests.data.pictures import dataset, encoded, noise, put
 
 
@@ -227,20 +228,6 @@ def test_a_broken_picture_is_looked_at_again(tmp_path: Path, reads: Counter[str]
     for _ in range(2):
         look(dataset(tmp_path), memory=FileMemory(path))
     assert reads["a.png"] == 2
-
-
-def test_a_damaged_memory_forgets_only_what_is_damaged(tmp_path: Path):
-    path, entry = tmp_path / "files.ndjson", Entry("a", 1, 2)
-    memory = FileMemory(path)
-    memory.put("/a", entry, {"hash": "x"})
-    memory.put("/b", entry, {"hash": "y"})
-    memory.save()
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], lines[1][:-5], "[]", "{}", "7", '["/c",1,2,3]', "\0"]))
-    again = FileMemory(path)
-    assert again.get("/a", entry) == {"hash": "x"}
-    assert again.get("/b", entry) is None and again.get("/c", entry) is None
-    assert again.get("/a", Entry("a", 1, 3)) is None and again.get("/a", Entry("a", 2, 2)) is None
 
 
 def test_what_was_read_is_remembered_when_the_survey_is_stopped(tmp_path: Path, reads: Counter[str], monkeypatch):

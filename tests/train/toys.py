@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers import SanaTransformer2DModel
 
 from sana_tune.data.batch import Batch
 from sana_tune.data.order import MicroBatch
 from sana_tune.data.records import Role
 from sana_tune.progress import Every
+from sana_tune.train.device import make_accelerator
 from sana_tune.train.ema import Ema, NoEma
 from sana_tune.train.optim import Schedule, build_optimizer
 from sana_tune.train.step import Parts
@@ -98,11 +98,12 @@ def make_parts(
     transformer: SanaTransformer2DModel | None = None,
 ) -> Parts:
     """Parts as run.py builds them, on the CPU."""
-    accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
-    model = (transformer if transformer is not None else tiny_transformer()).to(dtype)
+    model = transformer if transformer is not None else tiny_transformer()
+    if dtype != torch.float32:
+        model.to(dtype)
     ema = NoEma() if ema_decay is None else Ema(model.named_parameters(), ema_decay, ema_interval)
     return Parts(
-        accelerator=accelerator,
+        accelerator=make_accelerator("cpu", mixed_precision),
         transformer=model,
         optimizer=build_optimizer(optimizer, model.parameters(), lr),
         schedule=Schedule(scheduler, lr, total_steps, warmup_steps=2),

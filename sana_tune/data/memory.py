@@ -1,0 +1,51 @@
+"""What is known of files, so that an unchanged one is not read again. No torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sana_tune.store import Entry, write_atomically
+
+
+class FileMemory:
+    """(path, size, modification time) → facts.
+
+    A file of JSON lines, replaced as a whole; a line that cannot be read is forgotten, nothing more.
+    With path None it remembers for the life of the process only.
+    """
+
+    def __init__(self, path: Path | None = None):
+        self.path = path
+        self._facts: dict[str, tuple[int, int, dict[str, Any]]] = {}
+        self._changed = False
+        if path is not None and path.is_file():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                self._remember_line(line)
+
+    def get(self, path: str, entry: Entry) -> dict[str, Any] | None:
+        """The facts of a file, or None when it is new or was changed."""
+        size, mtime, facts = self._facts.get(path, (-1, -1, {}))
+        return facts if (size, mtime) == (entry.size_bytes, entry.mtime_ns) else None
+
+    def put(self, path: str, entry: Entry, facts: dict[str, Any]) -> None:
+        """Remember JSON-able facts of a file as it was when it was listed."""
+        self._facts[path] = (entry.size_bytes, entry.mtime_ns, facts)
+        self._changed = True
+
+    def save(self) -> None:
+        """Write what is new, if anything is."""
+        if self.path is None or not self._changed:
+            return
+        lines = (json.dumps([path, *known], separators=(",", ":")) for path, known in self._facts.items())
+        write_atomically(self.path, "".join(f"{line}\n" for line in lines).encode("utf-8"))
+        self._changed = False
+
+    def _remember_line(self, line: str) -> None:
+        try:
+            path, size, mtime, facts = json.loads(line)
+        except (ValueError, TypeError):
+            return
+        if isinstance(path, str) and isinstance(facts, dict):
+            self._facts[path] = (size, mtime, facts)

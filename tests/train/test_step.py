@@ -1,0 +1,193 @@
+"""The step: equal to an independent loop, its randomness from position alone, bad numbers never applied."""
+
+from __future__ import annotations
+
+import math
+
+import optimi
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sana_tune.progress import Progress
+from sana_tune.train.step import Parts, clip, drawn, to_device, train_step
+from tests.train.toys import ToyBatches, differences, make_parts, state_of, tiny_transformer
+
+
+def run(parts: Parts, batches: ToyBatches, first: int, last: int) -> list[float]:
+    progress, losses = Progress(first), []
+    for micro_batches in batches.steps(first, last):
+        result = train_step(parts, micro_batches, progress)
+        losses.append(result.loss)
+        progress = progress.advance(result.images, 0.0)
+    return losses
+
+
+def independent(steps: int, accumulation: int, decay: float, lr: float, warmup: int) -> tuple[dict, dict, list[float]]:
+    """The recipe written out with diffusers and optimi alone (shared/reference/sana.md §1)."""
+    model = tiny_transformer().train()
+    optimizer = optimi.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0, eps=1e-6)
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses = []
+    for step, micro_batches in enumerate(ToyBatches(accumulation).steps(0, steps)):
+        total = 0.0
+        for micro, (_, batch) in enumerate(micro_batches):
+            x0, size = batch.latents, batch.latents.shape
+            sigma, noise = drawn(7, step, micro, size, 3.0 if size[2] * size[3] == 16 else 2.0)
+            level = sigma[:, None, None, None]
+            prediction = model((1 - level) * x0 + level * noise, batch.text, 1000 * sigma, encoder_attention_mask=batch.text_mask).sample
+            loss = ((prediction - (noise - x0)) ** 2).mean() / accumulation
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / warmup)
+        optimizer.step()
+        optimizer.zero_grad()
+        share = 1 - min(decay, (2 + step) / (11 + step))
+        for name, p in model.named_parameters():
+            average[name] += share * (p.detach() - average[name])
+        losses.append(total)
+    return model.state_dict(), average, losses
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_twenty_steps_equal_an_independent_loop(accumulation: int):
+    parts = make_parts(scheduler="constant_with_warmup")
+    losses = run(parts, ToyBatches(accumulation), 0, 20)
+    weights, average, expected = independent(20, accumulation, 0.9, 1e-3, 2)
+    assert losses == pytest.approx(expected, abs=1e-6)
+    start = tiny_transformer().state_dict()
+    assert max((weights[name] - start[name]).abs().max() for name in weights) > 1e-3
+    for name, tensor in parts.bare.state_dict().items():
+        torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-6)
+    for name, tensor in parts.ema.state_dict().items():
+        torch.testing.assert_close(tensor, average[name], rtol=0, atol=1e-6)
+
+
+def test_two_equal_runs_are_equal_whatever_the_global_generator():
+    states = []
+    for seed in (1, 2):
+        transformer = tiny_transformer()
+        torch.manual_seed(seed)
+        parts = make_parts(transformer=transformer)
+        run(parts, ToyBatches(2), 0, 4)
+        states.append(state_of(parts))
+    assert differences(*states) == []
+
+
+def test_the_seed_changes_the_run():
+    one, other = make_parts(seed=1), make_parts(seed=2)
+    assert run(one, ToyBatches(), 0, 1) != run(other, ToyBatches(), 0, 1)
+
+
+def test_noise_depends_on_position_alone():
+    sigma, noise = drawn(3, 5, 1, (4, 2, 3, 3), 3.0)
+    again = drawn(3, 5, 1, (4, 2, 3, 3), 3.0)
+    assert torch.equal(sigma, again[0]) and torch.equal(noise, again[1])
+    assert sigma.shape == (4,) and noise.shape == (4, 2, 3, 3) and noise.dtype == sigma.dtype == torch.float32
+    others = [drawn(*place, (4, 2, 3, 3), 3.0)[1] for place in ((4, 5, 1), (3, 6, 1), (3, 5, 2), (3, 1, 5))]
+    assert all(not torch.equal(noise, other) for other in others)
+
+
+def test_drawn_levels_have_the_recipes_quantiles():
+    sigmas = torch.cat([drawn(0, step, 0, (50, 1, 1, 1), 3.0)[0] for step in range(400)])
+    found = torch.quantile(sigmas, torch.tensor([0.05, 0.5, 0.95]))
+    torch.testing.assert_close(found, torch.tensor([0.367, 0.75, 0.940]), rtol=0, atol=0.01)
+    assert abs(sigmas.mean() - 0.713) < 0.01
+
+
+def test_drawn_noise_is_standard_normal_across_steps():
+    noise = torch.stack([drawn(0, step, 0, (1, 4, 4, 4), 3.0)[1] for step in range(300)])
+    assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03
+    lag = (noise[1:] * noise[:-1]).mean()
+    assert abs(lag) < 0.03, "neighbouring steps are independent"
+
+
+def test_what_a_step_reports():
+    parts = make_parts(lr=1e-3, scheduler="linear", total_steps=10)
+    result = train_step(parts, next(ToyBatches(2).steps(0, 1)), Progress())
+    assert result.images == 3 + 2 and result.learning_rate == pytest.approx(0.5e-3) and not result.skipped
+    assert 0.1 < result.loss < 10 and result.grad_norm > 0.1, "the norm is told as it was before clipping"
+    assert all(parameter.grad is None for parameter in parts.trained)
+
+
+@pytest.mark.parametrize("where", ["latents", "gradient"])
+def test_a_step_that_is_not_finite_moves_nothing(where: str):
+    parts = make_parts()
+    run(parts, ToyBatches(), 0, 2)
+    before = state_of(parts)
+    if where == "gradient":
+        handle = parts.bare.proj_out.weight.register_hook(lambda gradient: gradient * float("inf"))
+    result = train_step(parts, next(ToyBatches(bad_steps=(2,) if where == "latents" else ()).steps(2, 3)), Progress(2))
+    assert result.skipped and math.isfinite(result.loss) is (where == "gradient")
+    assert differences(before, state_of(parts)) == []
+    assert all(parameter.grad is None for parameter in parts.trained)
+    if where == "gradient":
+        handle.remove()
+    assert not train_step(parts, next(ToyBatches().steps(3, 4)), Progress(3)).skipped
+
+
+def test_clipping_by_norm_by_value_and_not_at_all():
+    def parameters() -> list[torch.nn.Parameter]:
+        made = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))]
+        made[0].grad, made[1].grad = torch.tensor([3.0, -0.5]), torch.tensor([4.0])
+        return made
+
+    norm = math.sqrt(9 + 0.25 + 16)
+    for limit, method, expected in (
+        (1.0, "norm", [3 / norm, -0.5 / norm, 4 / norm]),
+        (100.0, "norm", [3.0, -0.5, 4.0]),
+        (0.0, "norm", [3.0, -0.5, 4.0]),
+        (1.0, "value", [1.0, -0.5, 1.0]),
+        (0.0, "value", [3.0, -0.5, 4.0]),
+    ):
+        some = parameters()
+        assert clip(some, limit, method).item() == pytest.approx(norm)
+        assert torch.cat([some[0].grad, some[1].grad]).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mixed_precision"), [(torch.float32, "bf16"), (torch.bfloat16, "no"), (torch.bfloat16, "bf16")]
+)
+def test_bf16_trains(dtype: torch.dtype, mixed_precision: str):
+    exact = run(make_parts(), ToyBatches(), 0, 3)
+    parts = make_parts(dtype=dtype, mixed_precision=mixed_precision)
+    losses = run(parts, ToyBatches(), 0, 3)
+    assert losses == pytest.approx(exact, rel=0.03) and losses != exact
+    assert {parameter.dtype for parameter in parts.trained} == {dtype}
+
+
+def test_the_loss_falls():
+    batches = ToyBatches()
+    batches.micro_batch = lambda step, index: ToyBatches.micro_batch(batches, step, 1)  # one batch over and over
+    losses = run(make_parts(lr=3e-3), batches, 0, 60)
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operators that read a floating-point tensor on the host one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero") and args[0].is_floating_point():
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_device_is_not_read_but_for_the_one_list():
+    parts = make_parts()
+    micro_batches = next(ToyBatches(2).steps(0, 1))
+    with HostReads() as reads:
+        train_step(parts, micro_batches, Progress())
+        assert reads.count == 0
+        torch.ones(1).item()
+    assert reads.count == 1, "the counter counts"
+
+
+def test_to_device_leaves_a_cpu_tensor_alone():
+    tensor = torch.ones(2)
+    assert to_device(tensor, torch.device("cpu")) is tensor

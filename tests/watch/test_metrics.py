@@ -1,0 +1,75 @@
+"""metrics.jsonl: a line a step, cut back on resume, sound after a kill."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from sana_tune.progress import Progress
+from sana_tune.watch.events import Stepped
+from sana_tune.watch.metrics import Metrics, line_of, read
+
+KEYS = ["step", "epoch", "loss", "lr", "grad_norm", "step_s", "data_wait_s", "images_s"]
+
+
+def stepped(step: int, loss: float = 0.5, *, skipped: bool = False) -> Stepped:
+    return Stepped(Progress(step, step / 3, 4 * step), loss, 1e-5, 0.25, 0.5, 0.1, 4, skipped)
+
+
+def test_a_line_has_the_keys_of_the_contract():
+    line = line_of(stepped(6))
+    assert list(line) == KEYS
+    assert line["step"] == 6 and line["epoch"] == 2.0 and line["lr"] == 1e-5 and line["images_s"] == 8.0
+
+
+def test_numbers_that_are_not_finite_are_null():
+    line = line_of(stepped(1, math.nan, skipped=True))
+    assert line["loss"] is None and line["skipped"] is True
+    json.loads(json.dumps(line, allow_nan=False))
+
+
+def test_lines_are_on_the_disk_at_once(tmp_path: Path):
+    metrics = Metrics(tmp_path / "new" / "metrics.jsonl")
+    metrics.append(stepped(1))
+    assert [line["step"] for line in read(metrics.path)] == [1]
+    metrics.append(stepped(2))
+    assert [line["step"] for line in read(metrics.path)] == [1, 2]
+    metrics.close()
+
+
+def test_cutting_back_drops_later_and_torn_lines(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics(path)
+    for step in range(1, 6):
+        metrics.append(stepped(step))
+    metrics.close()
+    kept = path.read_text(encoding="utf-8").splitlines()[:3]
+    with open(path, "a", encoding="utf-8") as file:
+        file.write('{"step": 6, "epo')
+    metrics.cut_back_to(3)
+    metrics.append(stepped(4, 0.25))
+    metrics.close()
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert lines[:3] == kept
+    assert [(line["step"], line["loss"]) for line in read(path)][3:] == [(4, 0.25)]
+    assert [each.name for each in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_torn_last_line_does_not_swallow_the_next(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo', encoding="utf-8")
+    metrics = Metrics(path)
+    metrics.cut_back_to(9)
+    metrics.append(stepped(2))
+    metrics.close()
+    assert [line["step"] for line in read(path)] == [1, 2]
+
+
+def test_a_start_from_nothing_empties_the_file_and_needs_none(tmp_path: Path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.cut_back_to(0)
+    assert not metrics.path.exists() and read(metrics.path) == []
+    metrics.append(stepped(1))
+    metrics.cut_back_to(0)
+    assert metrics.path.read_text(encoding="utf-8") == ""
