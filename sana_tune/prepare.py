@@ -209,7 +209,7 @@ def tell(prepared: Prepared) -> None:
         raise UserError(Problem(str(prepared.output.root), what, "make room, or lower checkpoints_total_limit"))
 
 
-def record(prepared: Prepared) -> None:
+def write_down(prepared: Prepared) -> None:
     """Write down what the run is: config.json, plan.json and ledger.json."""
     prepared.output.write_config(prepared.loaded)
     prepared.output.write_json("plan.json", prepared.plan.to_json())

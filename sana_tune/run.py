@@ -18,7 +18,16 @@ from sana_tune.data.records import Record
 from sana_tune.errors import Interrupted, Problem, UserError
 from sana_tune.log import log
 from sana_tune.output import Output
-from sana_tune.prepare import Prepared, drawing_sizes, finished_already, plan_of, prepare, record, tell, weights_dtype
+from sana_tune.prepare import (
+    Prepared,
+    drawing_sizes,
+    finished_already,
+    plan_of,
+    prepare,
+    tell,
+    weights_dtype,
+    write_down,
+)
 from sana_tune.progress import Progress
 from sana_tune.store import FolderStore
 from sana_tune.train.signals import LeaveNow, Stop
@@ -71,7 +80,7 @@ def _run(loaded: Loaded, notes: Sequence[str], restart: bool, sinks: Sequence[Si
             return finished
         if restart:
             output.set_aside()
-        record(prepared)
+        write_down(prepared)
         all_sinks = [screen(logs.console()), MetricsSink(output.metrics_file), *sinks]
         with Watcher(all_sinks) as watcher:
             return work(prepared, watcher, stop)
@@ -188,7 +197,7 @@ def without(prepared: Prepared, broken: Mapping[str, str]) -> Prepared:
         prepared.checkpoint,
         prepared.plan.notes,
     )
-    record(again)
+    write_down(again)
     log.warning("%d pictures were left out (ledger.json); the run has %d steps", len(broken), again.plan.total_steps)
     return again
 
