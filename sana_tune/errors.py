@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,15 @@ class UserError(Exception):
             raise ValueError("a UserError needs at least one Problem")
         self.problems = problems
         super().__init__("\n".join(str(problem) for problem in problems))
+
+
+def gather(problems: list[Problem], check: Callable[[], Value]) -> Value | None:
+    """What `check` answers; None when it raises UserError, whose problems join the list."""
+    try:
+        return check()
+    except UserError as error:
+        problems += error.problems
+        return None
 
 
 class Interrupted(Exception):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from sana_tune.data.captions import clean_caption
 from sana_tune.data.memory import FileMemory
 from sana_tune.data.records import Keys
 from sana_tune.data.survey import Survey, survey
-from sana_tune.errors import Problem, UserError
+from sana_tune.errors import Problem, UserError, gather
 from sana_tune.log import log
 from sana_tune.model import fetch
 from sana_tune.model.facts import ModelFacts, check_size, from_folder, known
@@ -30,7 +30,8 @@ from sana_tune.output import Output, free_bytes
 from sana_tune.plan import CacheNeed, Plan, latent_bytes, make_plan, plan_lines, text_bytes
 from sana_tune.progress import Progress
 from sana_tune.prompts import prompts_of
-from sana_tune.train.folders import Checkpoint, find
+from sana_tune.store import FolderStore
+from sana_tune.train.folders import Checkpoint, check_identity, find
 
 
 @dataclass(frozen=True)
@@ -67,27 +68,79 @@ class Prepared:
 def prepare(loaded: Loaded, output: Output, notes: Sequence[str] = (), *, fresh: bool = False) -> Prepared:
     """Everything that is cheap: the checkpoint, the pictures, the prompts, the model's files, the plan.
 
-    fresh: begin anew whatever there is. Writes nothing but what is remembered of files.
+    fresh: begin anew whatever there is. Writes nothing but what is remembered of files. Raises UserError: first with
+    all that is found wrong at once, then with what a look at every picture finds, then with what the hub says.
     """
-    config = loaded.config
-    checkpoint = None if fresh else find(output.root, config.train.resume_from_checkpoint)
-    clean = partial(clean_caption, case=config.model.prompt_case)
-    prompts = {} if config.validation.validation_disable else prompts_of(config.validation, clean)
-    name = config.model.pretrained_model_name_or_path
-    fetch.local_folder(name)  # a folder that is not there is told before the pictures are read
+    config, name = loaded.config, loaded.config.model.pretrained_model_name_or_path
     memory = FileMemory(output.file_memory)
-    expected = known(name)
+    problems: list[Problem] = []
+    checkpoint = gather(problems, lambda: None if fresh else resumed(config, output))
+    prompts = gather(problems, lambda: prompts_wanted(config))
+    gather(problems, lambda: check_folders(loaded))
+    expected = gather(problems, lambda: facts_at_hand(config))
+    if expected is not None:
+        gather(problems, lambda: check_drawing_sizes(config, expected))
+    if problems:
+        raise UserError(*problems)
     surveyed = None
-    if expected is not None:  # a published model: look at the pictures before downloading it
+    if expected is not None:  # the pictures come before a download
         surveyed = look(loaded, expected, memory)
-    folder = fetch.locate(
-        name, revision=config.model.revision, variant=config.model.variant, dtype=weights_dtype(config)
-    )
+    folder = located(config)
     facts = from_folder(folder, name)
     if surveyed is None or expected is None or expected.vae_factor != facts.vae_factor:
         surveyed = look(loaded, facts, memory)
     check_drawing_sizes(config, facts)
-    return plan_of(loaded, output, facts, folder, surveyed, prompts, checkpoint, notes)
+    return plan_of(loaded, output, facts, folder, surveyed, prompts or {}, checkpoint, notes)
+
+
+def resumed(config: Config, output: Output) -> Checkpoint | None:
+    """The checkpoint to go on from. Raises UserError when it is not there or of another run."""
+    checkpoint = find(output.root, config.train.resume_from_checkpoint)
+    if checkpoint is not None:
+        check_identity(checkpoint, identity_of(config))
+    return checkpoint
+
+
+def identity_of(config: Config) -> dict[str, str]:
+    """What a run is: a checkpoint of a run that was something else is refused."""
+    return {
+        "model": config.model.pretrained_model_name_or_path,
+        "model_type": config.model.model_type,
+        "optimizer": config.optimizer.optimizer,
+        "weights_dtype": weights_dtype(config),
+    }
+
+
+def prompts_wanted(config: Config) -> dict[str, str]:
+    """Nickname → final text of every prompt to be drawn."""
+    clean = partial(clean_caption, case=config.model.prompt_case)
+    return {} if config.validation.validation_disable else prompts_of(config.validation, clean)
+
+
+def check_folders(loaded: Loaded) -> None:
+    """Raise UserError for every dataset whose folder is not there."""
+    problems: list[Problem] = []
+    for dataset in loaded.datasets:
+        found: list[Problem] = []
+        gather(found, FolderStore(dataset.instance_data_dir).check)
+        problems += [replace(problem, where=f"dataset {dataset.id}: {problem.where}") for problem in found]
+    if problems:
+        raise UserError(*problems)
+
+
+def facts_at_hand(config: Config) -> ModelFacts | None:
+    """What is known of the model without a download: of a folder, or of a published model. None for another hub id."""
+    name = config.model.pretrained_model_name_or_path
+    return known(name) if fetch.local_folder(name) is None else from_folder(located(config), name)
+
+
+def located(config: Config) -> Path:
+    """The model's folder on this machine, downloaded if need be."""
+    model = config.model
+    dtype = weights_dtype(config)
+    return fetch.locate(
+        model.pretrained_model_name_or_path, revision=model.revision, variant=model.variant, dtype=dtype
+    )
 
 
 def look(loaded: Loaded, facts: ModelFacts, memory: FileMemory) -> Survey:

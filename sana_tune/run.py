@@ -22,6 +22,7 @@ from sana_tune.prepare import (
     Prepared,
     drawing_sizes,
     finished_already,
+    identity_of,
     plan_of,
     prepare,
     tell,
@@ -186,7 +187,9 @@ def without(prepared: Prepared, broken: Mapping[str, str]) -> Prepared:
         log.warning("left out: %s (%s)", name, reason)
     left = prepared.survey.without(broken)
     if not left.records:
-        raise UserError(Problem("datasets", "not one picture could be encoded", "see the reasons above"))
+        prepared.output.write_json("ledger.json", left.ledger.to_json())
+        what = f"not one of {len(broken)} pictures could be encoded"
+        raise UserError(Problem("datasets", what, "the reasons are above and in ledger.json"))
     again = plan_of(
         prepared.loaded,
         prepared.output,
@@ -209,17 +212,12 @@ def train(prepared: Prepared, caches: Caches, accelerator: Accelerator, watcher:
 
     config = prepared.config
     parts = build_parts(prepared, accelerator)
-    identity = {
-        "model": config.model.pretrained_model_name_or_path,
-        "model_type": config.model.model_type,
-        "optimizer": config.optimizer.optimizer,
-    }
     return fit(
         prepared.plan,
         parts,
         batches_of(prepared, caches),
         validator_of(prepared, caches.text, parts, stop),
-        Checkpoints(prepared.output.root, config.train.checkpoints_total_limit, identity),
+        Checkpoints(prepared.output.root, config.train.checkpoints_total_limit, identity_of(config)),
         watcher,
         stop,
         resume=prepared.checkpoint,

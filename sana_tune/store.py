@@ -35,11 +35,15 @@ class FolderStore:
     def __init__(self, root: str | Path):
         self.root = Path(root)
 
-    def list(self) -> Iterator[Entry]:
-        """Every file, sorted by key. UserError when the folder is missing or a part of it cannot be read."""
+    def check(self) -> None:
+        """UserError when there is no such folder."""
         if not self.root.is_dir():
             found = "is not a folder" if self.root.exists() else "does not exist"
             raise UserError(Problem(str(self.root), f"the folder {found}", "name an existing folder"))
+
+    def list(self) -> Iterator[Entry]:
+        """Every file, sorted by key. UserError when the folder is missing or a part of it cannot be read."""
+        self.check()
         return iter(sorted(_walk(str(self.root), "", ()), key=lambda entry: entry.key))
 
     def locate(self, key: str) -> str:

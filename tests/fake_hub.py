@@ -30,6 +30,7 @@ class FakeHub:
     """models: hub id → folder. Use as a context manager; `url` is the HF_ENDPOINT.
 
     gated: ids that answer as to someone who has not accepted the terms. bad_token: ids that refuse the token.
+    private: id → the token that may see it; to all others it does not exist.
     broken: every request is answered 503. cuts: file name → bytes after which the connection is cut, once.
     stalls: file names of which half is sent and then nothing, until the hub is closed.
     """
@@ -37,6 +38,7 @@ class FakeHub:
     models: dict[str, Path]
     gated: set[str] = field(default_factory=set)
     bad_token: set[str] = field(default_factory=set)
+    private: dict[str, str] = field(default_factory=dict)
     broken: bool = False
     cuts: dict[str, int] = field(default_factory=dict)
     stalls: set[str] = field(default_factory=set)
@@ -134,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _refused(self, name: str, revision: str, *, api: bool) -> bool:
         if name in self.hub.bad_token and "Authorization" in self.headers:
             self._refuse(401, "", "Invalid credentials in Authorization header")
-        elif name not in self.hub.models:
+        elif name not in self.hub.models or not self._may_see(name):
             # The real hub does not tell strangers what does not exist from what is private.
             signed_in = "Authorization" in self.headers
             self._refuse(404 if signed_in else 401, "RepoNotFound" if signed_in else "", "Repository not found")
@@ -145,6 +147,10 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             return False
         return True
+
+    def _may_see(self, name: str) -> bool:
+        token = self.hub.private.get(name)
+        return token is None or self.headers.get("Authorization") == f"Bearer {token}"
 
     def _file(self, path: Path, file: str, start: int, headers: dict[str, str]) -> None:
         content = path.read_bytes()

@@ -87,6 +87,20 @@ def test_write_atomically_replaces_and_leaves_nothing_beside(tmp_path: Path):
     assert os.listdir(path.parent) == ["file.json"]
 
 
+def test_the_file_changes_by_a_rename_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "file.json"
+    write_atomically(path, b"old")
+
+    def replace(aside: Path, target: Path) -> None:
+        assert aside.read_bytes() == b"new" and target.read_bytes() == b"old"
+        raise OSError(5, "pulled the plug")
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(UserError, match="pulled the plug"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file.json"]
+
+
 def test_a_failed_write_leaves_the_old_file_and_says_where(tmp_path: Path):
     path = tmp_path / "file.json"
     path.mkdir()  # a folder stands where the file is to go: the rename fails

@@ -22,6 +22,8 @@ app = typer.Typer(
 examples = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List and copy the packaged examples.")
 app.add_typer(examples, name="examples")
 
+ONE = (None, "", "0", "1")  # values of TRAINING_NUM_PROCESSES that ask for one process
+
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -58,14 +60,21 @@ def train(
     """
     overrides = parse_overrides(context.args)
     env, example = overrides.pop("env", env), overrides.pop("example", example)
-    if int(os.environ.get("TRAINING_NUM_PROCESSES") or 1) > 1:
-        problem = Problem("TRAINING_NUM_PROCESSES", "several processes are not built yet; it must be 1", "unset it")
-        raise UserError(problem)
+    _check_processes()
     path, notes = find_config(config, env, example, os.environ, Path.cwd())
     loaded = load(path, overrides)
     from sana_tune.run import run  # seconds of torch: only now that the files are known to be right
 
     run(loaded, notes=notes, restart=restart)
+
+
+def _check_processes() -> None:
+    """Raise UserError where the environment asks for more than this one process."""
+    asked = {name: os.environ.get(name) for name in ("TRAINING_NUM_PROCESSES", "TRAINING_NUM_MACHINES")}
+    what = "training runs in one process for now; found {}"
+    problems = [Problem(name, what.format(value), "unset it") for name, value in asked.items() if value not in ONE]
+    if problems:
+        raise UserError(*problems)
 
 
 @examples.command("list")

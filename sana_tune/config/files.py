@@ -10,6 +10,7 @@ from typing import Any
 from sana_tune.errors import Problem, UserError
 
 EXAMPLES_PREFIX = "config/examples/"
+COMMENTS = ("//", "#", "/*")  # as other languages begin them
 
 
 def examples_dir() -> Path:
@@ -146,7 +147,8 @@ def _json_problem(path: Path, text: str, error: json.JSONDecodeError) -> Problem
     lines = text.splitlines() or [""]
     line = lines[min(error.lineno, len(lines)) - 1].strip()
     around = [row.strip() for row in lines[max(0, error.lineno - 2) : error.lineno]]
-    if any(row.startswith(("//", "#", "/*")) or "//" in row.split('"')[-1] for row in around):
+    found = text[error.pos :].lstrip()
+    if found.startswith(COMMENTS) or any(row.startswith(COMMENTS) or "//" in row.split('"')[-1] for row in around):
         fix = "JSON has no comments: remove them"
     elif any(row.endswith(",") for row in around) and line[:1] in "}]":
         fix = "remove the comma after the last entry"

@@ -23,6 +23,8 @@ from sana_tune.config.schema import SECTIONS, Config, Section, section_of
 from sana_tune.config.values import nearest
 from sana_tune.errors import Problem, UserError
 
+COMMAND_LINE = "command line"  # the origin of flags
+
 # "" means something for these; for every other key it means "not set".
 MAY_BE_EMPTY = ("resume_from_checkpoint", "validation_prompt", "validation_negative_prompt", "instance_prompt")
 
@@ -101,7 +103,8 @@ def _flat(
     if not isinstance(content, dict):
         fix = "multidatabackend.json is a list; name it under data_backend_config" if isinstance(content, list) else ""
         raise UserError(Problem(str(path), "the config must be one JSON object {…}", fix))
-    layers = ((str(path), content), ("command line", overrides))
+    layers = ((str(path), content), (COMMAND_LINE, overrides))
+    written_origins = content.get("__origins__")
     raw: dict[str, Any] = {}
     origins: dict[str, str] = {}
     ours = tuple(section_of())
@@ -115,6 +118,8 @@ def _flat(
             named = _own_key(key, value, where, ours, findings)
             if named is None or value is None or (value == "" and named not in MAY_BE_EMPTY):
                 continue
+            if layer is content and _still_default(named, value, written_origins):
+                continue
             if named in seen:
                 findings.problems.append(
                     Problem(where, f"means the same setting as {seen[named]}", "keep one of the two")
@@ -123,6 +128,12 @@ def _flat(
             raw[named] = value
             origins[named] = f"{origin}: {written}"
     return raw, {key: origins.get(key, "default") for key in ours}
+
+
+def _still_default(key: str, value: Any, origins: Any) -> bool:
+    """Whether the config.json of an earlier run holds a default here, unchanged: it is nobody's wish then either."""
+    known = isinstance(origins, Mapping) and origins.get(key) == "default"
+    return known and value == SECTIONS[section_of()[key]].model_fields[key].default
 
 
 def _own_key(key: str, value: Any, where: str, ours: Sequence[str], findings: _Findings) -> str | None:
@@ -185,23 +196,21 @@ def _validated(kind: type[Section], values: Mapping[str, Any], where: Any, findi
     """`values` as a frozen section, or None with its problems told."""
     values = {key: legacy.SAME_VALUE.get(key, {}).get(value, value) if isinstance(value, str) else value
               for key, value in values.items()}  # fmt: skip
-    before = len(findings.problems)
-    for key, value in values.items():
-        if isinstance(value, bool) and not _takes_bool(kind.model_fields[key]):
-            findings.problems.append(
-                Problem(where(key), f"must be no switch; found {str(value).lower()}", _meaning(kind, key))
-            )
+    told = {key for key, value in values.items() if isinstance(value, bool) and not _takes_bool(kind.model_fields[key])}
+    for key in sorted(told):
+        flag = where(key).startswith(COMMAND_LINE)
+        what = "needs a value; found none" if flag else f"must be no switch; found {str(values[key]).lower()}"
+        findings.problems.append(Problem(where(key), what, _meaning(kind, key)))
     try:
         section = kind(**values)
     except ValidationError as errors:
-        told: set[str] = set()
         for error in errors.errors():
             key = str(error["loc"][0])
             if key not in told:  # a union tells one error per member; the first is enough
                 told.add(key)
                 findings.problems.append(_problem(kind, key, dict(error), values, where(key)))
         return None
-    return section if len(findings.problems) == before else None
+    return None if told else section
 
 
 def _takes_bool(info: FieldInfo) -> bool:

@@ -12,7 +12,7 @@ from sana_tune.store import Entry, write_atomically
 class FileMemory:
     """(path, size, modification time) → facts.
 
-    A file of JSON lines, replaced as a whole; a line that cannot be read is forgotten, nothing more.
+    Threads may share it. On disk it is a file of JSON lines, replaced as a whole; a line that cannot be read is forgotten, nothing more.
     With path None it remembers for the life of the process only.
     """
 
@@ -38,7 +38,7 @@ class FileMemory:
         """Write what is new, if anything is."""
         if self.path is None or not self._changed:
             return
-        lines = (json.dumps([path, *known], separators=(",", ":")) for path, known in self._facts.items())
+        lines = (json.dumps([path, *known], separators=(",", ":")) for path, known in list(self._facts.items()))
         write_atomically(self.path, "".join(f"{line}\n" for line in lines).encode("utf-8"))
         self._changed = False
 

@@ -172,7 +172,7 @@ def _survey_one(
             records.append(outcome)
         else:
             left_out.append((_printable(entry.key), outcome))
-            if dataset.missing_caption == "error" and isinstance(seen.captions, Missing):
+            if dataset.missing_caption == "error" and seen.captions == Missing(outcome):
                 uncaptioned.append(_printable(entry.key))
         if report is not None:
             report(dataset.id, done, len(listing.pictures))
@@ -286,11 +286,7 @@ def _judge(dataset: ImageDataset, rules: Rules, key: str, seen: _Seen) -> Record
 def _repeated_ids(datasets: Sequence[ImageDataset]) -> list[Problem]:
     counts = Counter(dataset.id for dataset in datasets)
     return [
-        Problem(
-            f"dataset {name}",
-            f"every id must be unique; {count} datasets have this one",
-            "rename all but one",
-        )
+        Problem(f"dataset {name}", f"every id must be unique; {count} datasets have it", "rename all but one")
         for name, count in counts.items()
         if count > 1
     ]

@@ -19,7 +19,7 @@ from sana_tune.errors import UserError
 from sana_tune.model.attention import published
 from sana_tune.model.facts import check_size, read_shift
 from sana_tune.model.layout import CONFIGS, read_json
-from sana_tune.model.sana import MAX_TOKENS, ImageCoder, empty_device_cache, load_vae
+from sana_tune.model.sana import MAX_TOKENS, ImageCoder, load_vae
 
 if TYPE_CHECKING:
     from diffusers import DPMSolverMultistepScheduler, SanaTransformer2DModel
@@ -181,5 +181,3 @@ def _drawing(transformer: Any, autocast: torch.dtype | None) -> Iterator[None]:
             yield
     finally:
         transformer.train(was_training)
-        if transformer.device.type == "cuda":
-            empty_device_cache()

@@ -157,7 +157,7 @@ def load_text_encoder(
     instruction: str | None = None,
     variant: str | None = None,
 ) -> TextEncoder:
-    """Gemma-2 and its tokenizer from a model folder, in eval mode without gradients.
+    """Gemma-2 and its tokenizer from a model folder, in eval mode.
 
     dtype: None = as its files are stored. instruction: see `resolve_instruction`. Raises UserError for files that
     are missing or incomplete.
@@ -180,7 +180,7 @@ def load_text_encoder(
                 "set add_bos_token in tokenizer_config.json, or use the model's own tokenizer",
             )
         )
-    return TextEncoder(tokenizer, model.to(device).eval().requires_grad_(False), resolve_instruction(instruction))
+    return TextEncoder(tokenizer, model.to(device).eval(), resolve_instruction(instruction))
 
 
 def load_vae(
@@ -190,12 +190,14 @@ def load_vae(
     *,
     variant: str | None = None,
 ) -> ImageCoder:
-    """DC-AE from a model folder, in eval mode without gradients. Raises UserError as `load_text_encoder`."""
+    """DC-AE from a model folder, in eval mode. Raises UserError as `load_text_encoder`."""
     from diffusers import AutoencoderDC
 
     weights = component_weights(folder, "vae", variant=variant)
     vae = _load(AutoencoderDC, folder / "vae", weights.variant, dtype=dtype)
-    return ImageCoder(vae.to(device).eval().requires_grad_(False))
+    # Its weights keep requires_grad, though nothing asks for gradients: without it torch picks other convolution
+    # kernels on a CPU, and pictures would differ in the last bit from those of the pipeline.
+    return ImageCoder(vae.to(device).eval())
 
 
 def load_transformer(

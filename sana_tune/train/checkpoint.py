@@ -22,14 +22,13 @@ from sana_tune.errors import Problem, UserError
 from sana_tune.log import log
 from sana_tune.progress import Progress
 from sana_tune.train import folders
-from sana_tune.train.folders import Checkpoint
+from sana_tune.train.folders import FRESH, Checkpoint
 from sana_tune.train.optim import load_optimizer_state
 from sana_tune.train.step import Parts
 from sana_tune.watch.events import Saved
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OPTIMIZER = "optimizer.pt"
-_FRESH = 'name another output_dir, or start afresh with --resume_from_checkpoint ""'
 
 
 class Checkpoints:
@@ -57,7 +56,7 @@ class Checkpoints:
         if checkpoint is None:
             return Progress()
         folders.verify(checkpoint)
-        self._check_identity(checkpoint)
+        folders.check_identity(checkpoint, self.identity)
         _load_weights(checkpoint.path / "transformer" / WEIGHTS, parts.bare.state_dict())
         _load_ema(parts, checkpoint)
         _load_optimizer(parts, checkpoint)
@@ -147,20 +146,6 @@ class Checkpoints:
                 return each
         return None
 
-    def _check_identity(self, checkpoint: Checkpoint) -> None:
-        held = checkpoint.header().get("run", {})
-        problems = [
-            Problem(
-                str(checkpoint.path),
-                f"trained with {key} {held[key]!r}; this run has {value!r}",
-                _FRESH,
-            )
-            for key, value in self.identity.items()
-            if key in held and held[key] != value
-        ]
-        if problems:
-            raise UserError(*problems)
-
 
 def _write_model(parts: Parts, folder: Path, state: Mapping[str, Tensor]) -> None:
     """A folder that diffusers' `from_pretrained` reads: config.json and one safetensors file."""
@@ -188,12 +173,12 @@ def _load_weights(path: Path, targets: Mapping[str, Tensor]) -> None:
         if names != set(targets):
             odd = sorted(names ^ set(targets))
             what = f"it holds another model: {len(odd)} tensors are on one side only, such as {odd[0]}"
-            raise UserError(Problem(str(path), what, _FRESH))
+            raise UserError(Problem(str(path), what, FRESH))
         for name, target in targets.items():
             tensor = file.get_tensor(name)
             if tensor.shape != target.shape or tensor.dtype != target.dtype:
                 found, wanted = _describe(tensor), _describe(target)
-                raise UserError(Problem(str(path), f"{name} is {found}, this run's is {wanted}", _FRESH))
+                raise UserError(Problem(str(path), f"{name} is {found}, this run's is {wanted}", FRESH))
             target.copy_(tensor)
 
 
@@ -218,4 +203,4 @@ def _load_optimizer(parts: Parts, checkpoint: Checkpoint) -> None:
     try:
         load_optimizer_state(parts.optimizer, state)
     except (ValueError, KeyError) as error:
-        raise UserError(Problem(str(path), f"it is of another optimizer: {error}", _FRESH)) from error
+        raise UserError(Problem(str(path), f"it is of another optimizer: {error}", FRESH)) from error

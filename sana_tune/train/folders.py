@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from sana_tune.progress import Progress
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
+FRESH = "name another output_dir, or begin anew with --restart"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _ASIDE = re.compile(r"\.(checkpoint-\d+)\.(tmp|old|trash)-(\d+)-[0-9a-f]+")
 
@@ -159,6 +160,18 @@ def verify(checkpoint: Checkpoint) -> None:
     if damaged:
         what = f"damaged: {', '.join(damaged)} {'is' if len(damaged) == 1 else 'are'} not as it was saved"
         raise UserError(Problem(str(checkpoint.path), what, _OTHER))
+
+
+def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
+    """Raise UserError with every difference between `identity` (what this run is) and what the checkpoint's run was."""
+    held = checkpoint.header().get("run", {})
+    problems = [
+        Problem(str(checkpoint.path), f"trained with {key} {held[key]!r}; this run has {value!r}", FRESH)
+        for key, value in identity.items()
+        if key in held and held[key] != value
+    ]
+    if problems:
+        raise UserError(*problems)
 
 
 def ensure_writable(output_dir: Path) -> None:

@@ -44,11 +44,7 @@ def slug(name: str) -> str:
     """
     plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode("ascii").lower()
     short = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
-    if (
-        short == name.lower().replace(" ", "-").replace("_", "-")
-        and len(short) <= _SLUG_LENGTH
-        and name == name.lower()
-    ):
+    if short and short == re.sub(r"[ _]", "-", name) and len(short) <= _SLUG_LENGTH:
         return short
     mark = hashlib.blake2b(name.encode("utf-8"), digest_size=4).hexdigest()
     return f"{short[: _SLUG_LENGTH - 9].strip('-')}-{mark}".lstrip("-")

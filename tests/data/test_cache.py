@@ -82,6 +82,13 @@ def test_adding_goes_on_where_it_stopped(tmp_path: Path):
     assert all(torch.equal(TensorCache(tmp_path).get(key), one) for key, one in numbered(6))
 
 
+def test_what_is_there_is_not_written_again(tmp_path: Path):
+    TensorCache(tmp_path).fill(numbered(2))
+    cache = TensorCache(tmp_path)
+    cache.fill([("0", tensor(7)), ("1", tensor(8))])
+    assert len(shards(tmp_path)) == 1 and torch.equal(cache.get("0"), tensor(0))
+
+
 def test_nothing_to_write_writes_nothing(tmp_path: Path):
     TensorCache(tmp_path / "cache").fill([])
     assert not shards(tmp_path / "cache")

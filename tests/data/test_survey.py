@@ -160,6 +160,13 @@ def test_missing_captions_are_one_problem_with_five_names(tmp_path: Path):
     assert "missing_caption" in found.fix
 
 
+def test_a_picture_left_out_for_its_size_needs_no_caption(tmp_path: Path):
+    put(tmp_path, "small.png", 8, 8)
+    put(tmp_path, "fine.png", 80, 80, caption="x")
+    found = look(dataset(tmp_path, caption_strategy="textfile", minimum_image_size=32))
+    assert not found.problems and list(left_out(found)) == ["small.png"]
+
+
 def test_missing_captions_can_be_skipped_or_empty(tmp_path: Path):
     put(tmp_path, "a.png")
     put(tmp_path, "b.png", caption="x")

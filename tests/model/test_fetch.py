@@ -218,6 +218,20 @@ def test_each_refusal_has_its_message(repository, client):
         assert "answered 503" in client.ask(hub.url)["problem"]
 
 
+def test_a_private_model_needs_its_token(repository, client):
+    with FakeHub({NAME: repository}, private={NAME: "hf_good"}) as hub:
+        for token in ("", "hf_other"):
+            assert "no public repository" in client.ask(hub.url, token=token)["problem"]
+        assert Path(client.ask(hub.url, token="hf_good")["answer"]).is_dir()
+
+
+def test_a_cache_that_cannot_be_written(repository, tmp_path):
+    (tmp_path / "file").touch()
+    with FakeHub({NAME: repository}) as hub:
+        problem = Client(tmp_path / "file").ask(hub.url)["problem"]
+    assert "cannot be stored" in problem and "HF_HOME" in problem
+
+
 def test_without_network_and_without_a_copy(client):
     problem = client.ask("http://127.0.0.1:9")["problem"]
     assert "cannot be reached" in problem and "http://127.0.0.1:9" in problem and "HF_ENDPOINT" in problem

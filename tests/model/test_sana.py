@@ -59,7 +59,10 @@ def test_captions_are_encoded_as_the_pipeline_does(folder, pipeline, setting, nu
     theirs = pipelines_own(pipeline, caption, encoder.instruction)
     assert ours.dtype == theirs.dtype == torch.float32
     assert torch.equal(ours, theirs)
-    assert ours.shape[0] == (300 if number == 3 else encoder.count_tokens(caption) + (setting != "None"))
+    if number == 3:
+        assert len(ours) == 300
+    else:  # with an instruction its last token is kept too, unless it merges with the caption's first
+        assert len(ours) - encoder.count_tokens(caption) in ((0,) if setting == "None" else (0, 1))
 
 
 def test_on_nano_too(pipeline):
@@ -128,6 +131,7 @@ def test_latents_are_encoded_and_scaled(coder):
         with torch.no_grad():
             expected = coder.vae.encode(scaled).latent * 0.41407
         assert torch.allclose(latent, expected[0], atol=1e-5)
+    assert found.std() > 0.01, "the comparison is not of zeros"
 
 
 def test_a_latent_depends_on_its_picture_alone(coder):
@@ -142,6 +146,14 @@ def test_decoding_is_the_pipelines(coder, pipeline):
         raw = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
     expected = [np.asarray(image) for image in pipeline.image_processor.postprocess(raw, output_type="pil")]
     assert np.array_equal(coder.decode(latents), np.stack(expected))
+
+
+def test_the_networks_compute_the_pipelines_very_bits(coder, encoder, pipeline):
+    with torch.no_grad():
+        for height, width in ((2, 2), (2, 3), (4, 2)):
+            latents, pixels = torch.randn(1, 32, height, width), torch.randn(1, 3, 32 * height, 32 * width)
+            assert torch.equal(coder.vae.decode(latents).sample, pipeline.vae.decode(latents).sample)
+            assert torch.equal(coder.vae.encode(pixels).latent, pipeline.vae.encode(pixels).latent)
 
 
 def test_nanos_latents_decode_to_the_picture():
