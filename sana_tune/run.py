@@ -281,7 +281,7 @@ def transformer_and_optimizer(prepared: Prepared, device: torch.device) -> tuple
     from sana_tune.train.optim import build_optimizer, seed_kahan
 
     config, wanted = prepared.config, prepared.config.optimizer
-    transformer = load_transformer(prepared.folder, torch.float32, device, variant=config.model.variant)
+    transformer: Any = load_transformer(prepared.folder, torch.float32, device, variant=config.model.variant)
     install(transformer)
     if config.model.gradient_checkpointing:
         set_gradient_checkpointing(transformer, config.model.gradient_checkpointing_interval)

@@ -1,5 +1,4 @@
-"""Bytes by key: where pictures and captions come from. A folder today; an object store has the same four
-methods.
+"""Bytes by key: where pictures and captions come from. A folder today; an object store has the same methods.
 
 Also the one way this package replaces a file: written aside, synced, renamed.
 """

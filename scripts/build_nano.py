@@ -117,9 +117,7 @@ def train_transformer(work: Path, out: Path, steps: int, seed: int) -> None:
     from scripts.nano import assemble
 
     config = write_config(work, steps, seed)
-    subprocess.run(
-        [sys.executable, "-m", "sana_tune", "train", "--config", str(config)], check=True, cwd=ROOT
-    )
+    subprocess.run([sys.executable, "-m", "sana_tune", "train", "--config", str(config)], check=True, cwd=ROOT)
     assemble.install_transformer(work / "base", work / "run" / "pipeline" / "transformer_ema", out)
     assemble.check(out)
     print(f"nano: {out}", flush=True)
@@ -141,18 +139,10 @@ def print_scores(model: Path, guidance: float, save: Path | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--stage", required=True, choices=["all", "base", "data", "train", "score", "example"]
-    )
-    parser.add_argument(
-        "--work", type=Path, default=ROOT / ".nano_work", help="pictures, base, caches and the run"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="where the pipeline goes (base: WORK/base; train: the package)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", required=True, choices=["all", "base", "data", "train", "score", "example"])
+    parser.add_argument("--work", type=Path, default=ROOT / ".nano_work", help="pictures, base, caches and the run")
+    parser.add_argument("--out", type=Path, help="where the pipeline goes (base: WORK/base; train: the package)")
     parser.add_argument("--model", type=Path, help="score: the pipeline folder (default: --out)")
     parser.add_argument("--vae-steps", type=int, default=4500)
     parser.add_argument("--train-steps", type=int, default=9500)
@@ -166,9 +156,7 @@ def main() -> None:
     )
     work.mkdir(parents=True, exist_ok=True)
     if "base" in stages:
-        build_base(
-            work / "base" if args.stage == "all" or not args.out else args.out, args.vae_steps, args.seed
-        )
+        build_base(work / "base" if args.stage == "all" or not args.out else args.out, args.vae_steps, args.seed)
     if "data" in stages:
         draw_data(work, args.seed)
     if "train" in stages:

@@ -110,9 +110,7 @@ def _overlap(mask: Floats, figure: str) -> float:
         i = np.floor((rows - y) * ratio + ty).astype(int)
         j = np.floor((columns - x) * ratio + tx).astype(int)
         inside = ((i >= 0) & (i < TEMPLATE_PX))[:, None] & ((j >= 0) & (j < TEMPLATE_PX))[None]
-        laid = (
-            template[np.clip(i, 0, TEMPLATE_PX - 1)[:, None], np.clip(j, 0, TEMPLATE_PX - 1)[None]] * inside
-        )
+        laid = template[np.clip(i, 0, TEMPLATE_PX - 1)[:, None], np.clip(j, 0, TEMPLATE_PX - 1)[None]] * inside
         best = max(best, float(np.minimum(laid, mask).sum() / np.maximum(laid, mask).sum()))
     return best
 

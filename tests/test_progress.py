@@ -26,7 +26,16 @@ def test_other_keys_are_left_alone_and_missing_ones_are_told():
 
 @pytest.mark.parametrize(
     ("every", "step", "expected"),
-    [(0, 0, False), (0, 10, False), (5, 0, False), (5, 4, False), (5, 5, True), (5, 6, False), (5, 10, True), (1, 1, True)],
+    [
+        (0, 0, False),
+        (0, 10, False),
+        (5, 0, False),
+        (5, 4, False),
+        (5, 5, True),
+        (5, 6, False),
+        (5, 10, True),
+        (1, 1, True),
+    ],
 )
 def test_due(every: int, step: int, expected: bool):
     assert due(Every(every), Progress(step)) is expected

@@ -12,7 +12,6 @@ import typer
 
 from sana_tune import __version__
 from sana_tune.config.files import examples_dir, find_config, list_examples
-from sana_tune.config.load import load, parse_overrides
 from sana_tune.errors import Interrupted, Problem, UserError
 
 app = typer.Typer(
@@ -58,6 +57,8 @@ def train(
 
     Without --config, --env or --example: CONFIG_PATH, ./config.json, config/config.json, in this order.
     """
+    from sana_tune.config.load import load, parse_overrides  # pydantic: not for --help
+
     overrides = parse_overrides(context.args)
     env, example = overrides.pop("env", env), overrides.pop("example", example)
     _check_processes()

@@ -69,10 +69,11 @@ def find_config(
     for path in (cwd / "config.json", cwd / "config" / "config.json"):
         if path.is_file():
             return path, tuple(notes)
+    passed_over = "".join(f" ({note})" for note in notes)
     raise UserError(
         Problem(
             "config",
-            "no config file was found; looked for ./config.json and config/config.json",
+            f"no config file was found; looked for ./config.json and config/config.json{passed_over}",
             "copy config/config.json.example to config/config.json and edit it, name one with --config PATH, "
             "or try the built-in example: sana_tune train --example nano",
         )

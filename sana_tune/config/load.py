@@ -189,7 +189,7 @@ def _config(raw: Mapping[str, Any], origins: Mapping[str, str], findings: _Findi
         section = _validated(kind, values, lambda key: origins[key] if origins.get(key) != "default" else key, findings)
         if section is not None:
             sections[name] = section
-    return Config(**sections) if len(sections) == len(SECTIONS) else None
+    return Config.model_validate(sections) if len(sections) == len(SECTIONS) else None
 
 
 def _validated(kind: type[Section], values: Mapping[str, Any], where: Any, findings: _Findings) -> Section | None:

@@ -12,8 +12,8 @@ from sana_tune.store import Entry, write_atomically
 class FileMemory:
     """(path, size, modification time) → facts.
 
-    Threads may share it. On disk it is a file of JSON lines, replaced as a whole; a line that cannot be read is forgotten, nothing more.
-    With path None it remembers for the life of the process only.
+    Threads may share it. On disk it is a file of JSON lines, replaced as a whole; a line that cannot be read is
+    forgotten, nothing more. With path None it remembers for the life of the process only.
     """
 
     def __init__(self, path: Path | None = None):

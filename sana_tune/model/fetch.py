@@ -171,8 +171,8 @@ def _cached(name: str, revision: str | None) -> Path:
         raise UserError(
             Problem(
                 KEY,
-                f"there is no folder {name} here, offline mode is on (HF_HUB_OFFLINE), and the hub's {name}{at} "
-                "has not been downloaded",
+                f"there is no folder of this name here, offline mode is on (HF_HUB_OFFLINE), and {name}{at} "
+                "has not been downloaded from the hub",
                 "download it once with the network, copy its folder here, or set HF_HOME to where it is",
             )
         )

@@ -34,7 +34,7 @@ def load_scheduler(folder: Path) -> DPMSolverMultistepScheduler:
 
     config = read_json(folder / CONFIGS["scheduler"])
     if config.get("_class_name") == "DPMSolverMultistepScheduler":
-        return DPMSolverMultistepScheduler.from_config(config)
+        return DPMSolverMultistepScheduler(**{key: config[key] for key in config if not key.startswith("_")})
     shift, _, _ = read_shift(config)
     return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
 

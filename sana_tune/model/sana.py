@@ -80,7 +80,7 @@ class TextEncoder:
 
     def free(self) -> None:
         """Drop the networks and give the device its memory back. The encoder is of no use afterwards."""
-        self.model = self.tokenizer = None
+        self.__dict__.clear()
         empty_device_cache()
 
     def _length(self, before: str) -> int:
@@ -140,7 +140,7 @@ class ImageCoder:
 
     def free(self) -> None:
         """Drop the network and give the device its memory back. The coder is of no use afterwards."""
-        self.vae = None  # type: ignore[assignment]
+        self.__dict__.clear()
         empty_device_cache()
 
     def _encode(self, pixels: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ def set_gradient_checkpointing(transformer: SanaTransformer2DModel, interval: in
         transformer.disable_gradient_checkpointing()
         return
     for place, block in enumerate(transformer.transformer_blocks):
-        block.recompute = place % interval == 0
+        block.recompute = place % interval == 0  # pyright: ignore[reportArgumentType]
     keep_random_state = transformer.config["dropout"] > 0
 
     def run(block: Any, *args: Any) -> Any:

@@ -125,9 +125,7 @@ def train(
         optimizer.step()
         total += float(mse)
         if step % 200 == 0:
-            say(
-                f"vae step {step}/{steps} {time.monotonic() - start:.0f} s, mse {total / 200:.5f}", flush=True
-            )
+            say(f"vae step {step}/{steps} {time.monotonic() - start:.0f} s, mse {total / 200:.5f}", flush=True)
             total = 0.0
 
 

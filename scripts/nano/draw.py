@@ -59,9 +59,7 @@ def outline(figure: str) -> list[tuple[float, float]]:
         return [(0.0, -1.0), (1.0, 0.8), (-1.0, 0.8)]
     if figure == "star":
         radii = [1.08 if i % 2 == 0 else 0.44 for i in range(10)]
-        return [
-            (r * math.sin(i * math.pi / 5), 0.06 - r * math.cos(i * math.pi / 5)) for i, r in enumerate(radii)
-        ]
+        return [(r * math.sin(i * math.pi / 5), 0.06 - r * math.cos(i * math.pi / 5)) for i, r in enumerate(radii)]
     if figure == "cross":
         a, b = 0.33, 1.0
         return [
@@ -84,9 +82,7 @@ def outline(figure: str) -> list[tuple[float, float]]:
     raise ValueError(f"no outline for {figure!r}")
 
 
-def draw_mask(
-    figure: str, centre_px: tuple[float, float], radius_px: float, size_px: tuple[int, int]
-) -> Image.Image:
+def draw_mask(figure: str, centre_px: tuple[float, float], radius_px: float, size_px: tuple[int, int]) -> Image.Image:
     """A hard-edged mask (mode "L", 0 or 255) of ``size_px`` = (width, height)."""
     mask = Image.new("L", size_px, 0)
     pen = ImageDraw.Draw(mask)
@@ -123,9 +119,7 @@ def random_scene(
     ground, colour = colours[::-1] if colours else (names[i] for i in rng.permutation(len(names))[:2])
     figure = figures[int(rng.integers(len(figures)))]
     radius = float(rng.uniform(*RADIUS_SHARE))
-    reach_px = (
-        radius * min(size_px) * 1.08 + MARGIN_PX * min(size_px) / SIDE_PX
-    )  # the star's tips stand out most
+    reach_px = radius * min(size_px) * 1.08 + MARGIN_PX * min(size_px) / SIDE_PX  # the star's tips stand out most
     x = rng.uniform(reach_px, width - reach_px) / width
     y = rng.uniform(reach_px, height - reach_px) / height
     return Scene(figure, colour, ground, float(x), float(y), radius, width, height)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -176,6 +177,7 @@ class Child:
     def __init__(self, function: Callable[[], Any], log: Path):
         self.log = log
         self._status: int | None = None
+        self._born_s = time.monotonic()
         with warnings.catch_warnings():
             # Python 3.12 warns of forks beside threads. Those of torch and tokenizers are idle here, and the child
             # starts none of its own in torch.
@@ -212,22 +214,29 @@ class Child:
         if self.running:
             os.kill(self.pid, number)
 
-    def wait(self, timeout_s: float = 60.0) -> int:
+    def until(self, condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
+        """Wait until it holds. AssertionError with what the child said when that comes not in time, or it ends."""
+        while not condition():
+            if not self.running:
+                assert condition(), f"it ended with {self._status}\n{self}"
+                return
+            self._wait_a_bit(timeout_s)
+
+    def wait(self, timeout_s: float = 120.0) -> int:
         """Its exit code, or minus the signal that killed it."""
-        until(lambda: not self.running, timeout_s, self)
+        while self.running:
+            self._wait_a_bit(timeout_s)
         assert self._status is not None
         return self._status
 
+    def _wait_a_bit(self, timeout_s: float) -> None:
+        if time.monotonic() > self._born_s + timeout_s:
+            os.kill(self.pid, signal.SIGKILL)
+            raise AssertionError(f"{timeout_s} s were not enough\n{self}")
+        time.sleep(0.0005)
+
     def __str__(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else "(no output)"
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 60.0, tell: object = "") -> None:
-    """Look until it holds. AssertionError with what `tell` says when it does not in time."""
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, f"waited {timeout_s} s in vain\n{tell}"
-        time.sleep(0.0005)
 
 
 @contextmanager

@@ -29,12 +29,10 @@ from tests.journeys.kit import (
     differences,
     metrics_of,
     one_thread,
-    output_of,
     pictures,
     pipeline_of,
     small_run,
     state_of,
-    until,
 )
 
 STEPS = 8
@@ -57,7 +55,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SQUARES = {"instance_data_dir": "squares"}
-# 2 buckets of 3: with a batch of 2 that are 4 micro-batches, and with 2 repeats 10.
+# 2 buckets of 3 pictures, each seen twice an epoch: 6 micro-batches.
 MIXED = {"instance_data_dir": "mixed", "repeats": 1, "probability": 0.5}
 
 # 5 squares in batches of 2 are 3 micro-batches an epoch, so that 8 steps pass several ends of epochs; with
@@ -96,7 +94,9 @@ class Course:
         given = {"max_train_steps": STEPS, "checkpoint_step_interval": 3, "checkpoints_total_limit": 0}
         return small_run(self.folder, *self.datasets, **{**places, **given, **self.settings, **settings})
 
-    def run(self, *, restart: bool = False, then: Callable[[Event], None] = lambda event: None, **settings: Any) -> Heard:
+    def run(
+        self, *, restart: bool = False, then: Callable[[Event], None] = lambda event: None, **settings: Any
+    ) -> Heard:
         """Run to the end in this process."""
         heard = Heard(then)
         run(self.loaded(**settings), sinks=[heard], restart=restart)
@@ -104,7 +104,7 @@ class Course:
 
     @property
     def output(self) -> Path:
-        return output_of(self.loaded())
+        return self.folder / "output"
 
     def result(self) -> dict[str, Any]:
         """All that must be the same at the end: every byte of the last checkpoint, the pipeline, the metrics' lines."""
@@ -288,7 +288,7 @@ def test_the_command_line_ends_with_the_signals_code_and_goes_on(home, tmp_path:
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         before = len(metrics_of(course.output))
         child = Child(lambda: exit_code(command), tmp_path / "output.txt")
-        until(lambda before=before: len(metrics_of(course.output)) > before, tell=child)
+        child.until(lambda before=before: len(metrics_of(course.output)) > before)
         child.send(number)
         assert child.wait() == code, child
         done = len(metrics_of(course.output))

@@ -18,19 +18,27 @@ from sana_tune.model.layout import COMPONENTS, list_files
 from tests.fake_hub import FakeHub
 
 NAME = "someone/tiny_sana_diffusers"
-CALL = """
-import json, logging, sys
+CALLS = """
+import json, logging, os, sys
 from sana_tune.errors import UserError
 from sana_tune.model import fetch
 logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
 logging.getLogger("httpx").setLevel("WARNING")
-what, name, options = json.loads(sys.argv[1])
-try:
-    print(json.dumps({"answer": str(getattr(fetch, what)(name, **options))}))
-except UserError as error:
-    print(json.dumps({"problem": str(error)}))
+answers = []
+for what, name, token, options in json.loads(sys.argv[1]):
+    os.environ["HF_TOKEN"] = token
+    try:
+        answers.append({"answer": str(getattr(fetch, what)(name, **options))})
+    except UserError as error:
+        answers.append({"problem": str(error)})
 assert "torch" not in sys.modules
+print(json.dumps(answers))
 """
+
+
+def call(name: str = NAME, *, what: str = "locate", token: str = "", **options) -> tuple:
+    """One call of a function of fetch by the real client, signed in with a token or not."""
+    return what, name, token, options
 
 
 @pytest.fixture(scope="module")
@@ -54,32 +62,30 @@ class Client:
     def __init__(self, home: Path):
         self.home = home
 
-    def start(
-        self, hub_url: str, what: str = "locate", name: str = NAME, token: str = "", **options
-    ) -> subprocess.Popen:
+    def start(self, hub_url: str, *calls: tuple, offline: bool = False) -> subprocess.Popen:
         environment = {
             **os.environ,
             "HF_ENDPOINT": hub_url,
             "HF_HOME": str(self.home),
-            "HF_HUB_OFFLINE": str(options.pop("offline_environment", 0)),
-            "HF_HUB_ETAG_TIMEOUT": "5",
+            "HF_HUB_OFFLINE": str(int(offline)),
             "HF_HUB_DOWNLOAD_TIMEOUT": "60",
         }
-        if token:
-            environment["HF_TOKEN"] = token
         return subprocess.Popen(
-            [sys.executable, "-c", CALL, json.dumps([what, name, options])],
+            [sys.executable, "-c", CALLS, json.dumps(calls or [call()])],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    def ask(self, hub_url: str, *args, **options) -> dict:
-        with self.start(hub_url, *args, **options) as child:
+    def ask_all(self, hub_url: str, *calls: tuple, offline: bool = False) -> list[_Answer]:
+        with self.start(hub_url, *calls, offline=offline) as child:
             out, err = child.communicate(timeout=200)
         assert child.returncode == 0, err
-        return _Answer(json.loads(out), log=err)
+        return [_Answer(answer, log=err) for answer in json.loads(out)]
+
+    def ask(self, hub_url: str, *calls: tuple, offline: bool = False) -> _Answer:
+        return self.ask_all(hub_url, *calls, offline=offline)[0]
 
 
 class _Answer(dict):
@@ -122,8 +128,9 @@ def test_a_file_is_no_model(tmp_path):
 
 
 def test_only_needed_files_in_one_variant_are_downloaded(repository, client):
+    plan = call(what="plan_download")
     with FakeHub({NAME: repository}) as hub:
-        planned = client.ask(hub.url, "plan_download")
+        planned = client.ask(hub.url, plan)
         assert not hub.downloaded(), "planning downloads nothing"
         found = client.ask(hub.url)
         folder = Path(found["answer"])
@@ -138,11 +145,11 @@ def test_only_needed_files_in_one_variant_are_downloaded(repository, client):
         assert planned["answer"] == str(size) and f"{size / 1e9:.2f} GB" in found["log"]
 
         before = dict(hub.sent)
-        again = client.ask(hub.url)
+        again, planned = client.ask_all(hub.url, call(), plan)
         assert again["answer"] == found["answer"] and hub.sent == before, "the second run downloads nothing"
-        assert client.ask(hub.url, "plan_download")["answer"] == "0"
+        assert planned["answer"] == "0"
     # without the hub: the copy is used, loudly when it was not asked to be offline
-    assert client.ask(hub.url, offline_environment=1)["answer"] == found["answer"]
+    assert client.ask(hub.url, offline=True)["answer"] == found["answer"]
     unreachable = client.ask(hub.url)
     assert unreachable["answer"] == found["answer"] and "going on with the copy" in unreachable["log"]
 
@@ -154,18 +161,16 @@ def test_the_variant_follows_the_precision_or_the_wish(repository, client):
     assert "transformer/diffusion_pytorch_model.safetensors" not in bf16
     assert "vae/diffusion_pytorch_model.safetensors" in bf16, "there is no other"
     with FakeHub({NAME: repository}) as hub:
-        assert "answer" in client.ask(hub.url, variant="bf16")
-        assert hub.downloaded() == set(bf16)
-        problem = client.ask(hub.url, variant="fp16")["problem"]
-        assert "'fp16'" in problem and "bf16" in problem
+        found, refused = client.ask_all(hub.url, call(variant="bf16"), call(variant="fp16"))
+        assert Path(found["answer"]).is_dir() and hub.downloaded() == set(bf16)
+        assert "'fp16'" in refused["problem"] and "bf16" in refused["problem"]
 
 
 def test_a_revision_is_honoured(repository, client):
     with FakeHub({NAME: repository}) as hub:
-        problem = client.ask(hub.url, revision="v9")["problem"]
-        assert "no revision 'v9'" in problem
-        folder = client.ask(hub.url, revision=hub.commit(NAME))["answer"]
-        assert hub.commit(NAME) in folder
+        unknown, found = client.ask_all(hub.url, call(revision="v9"), call(revision=hub.commit(NAME)))
+        assert "no revision 'v9'" in unknown["problem"]
+        assert hub.commit(NAME) in found["answer"]
 
 
 def test_a_cut_connection_goes_on_inside_the_file(repository, client, tmp_path):
@@ -192,7 +197,7 @@ def test_a_killed_download_keeps_its_finished_files(repository, client):
         child.kill()
         child.communicate()
         # a torn download is not taken for a model, with or without the hub
-        problem = client.ask(hub.url, offline_environment=1)["problem"]
+        problem = client.ask(hub.url, offline=True)["problem"]
         assert "no complete safetensors weights in transformer/" in problem
         hub.stalls.clear()
         before = hub.downloaded()
@@ -203,26 +208,31 @@ def test_a_killed_download_keeps_its_finished_files(repository, client):
 
 
 def test_each_refusal_has_its_message(repository, client):
-    gated, private = "someone/gated", "someone/refuses_token"
+    gated, private, near = "someone/gated", "someone/private", "Efficient-Large-Model/Sana_1600M_1024px_BF16"
     models = {NAME: repository, gated: repository, private: repository, "someone/lora": repository / "vae"}
-    with FakeHub(models, gated={gated}, bad_token={private}) as hub:
-        for token in ("", "hf_other"):
-            problem = client.ask(hub.url, name=gated, token=token)["problem"]
-            assert "is gated" in problem and f"{hub.url}/{gated}" in problem and "HF_TOKEN" in problem
-            problem = client.ask(hub.url, name="Efficient-Large-Model/Sana_1600M_1024px_BF16", token=token)["problem"]
-            assert "no public repository" in problem
-            assert "did you mean Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers" in problem
-        assert "refuses the token" in client.ask(hub.url, name=private, token="hf_wrong")["problem"]
-        assert "not in diffusers layout" in client.ask(hub.url, name="someone/lora")["problem"]
+    tokens = ("", "hf_other")
+    with FakeHub(models, gated={gated}, private={private: "hf_good"}, bad_token={NAME}) as hub:
+        *refused, wrong_token, not_diffusers, allowed, path = client.ask_all(
+            hub.url,
+            *[call(gated, token=token) for token in tokens],
+            *[call(name, token=token) for name in (near, private) for token in tokens],
+            call(token="hf_wrong"),
+            call("someone/lora"),
+            call(private, token="hf_good"),
+            call("someone/lora/vae"),
+        )
+        for answer in refused[:2]:
+            said = answer["problem"]
+            assert "is gated" in said and f"{hub.url}/{gated}" in said and "HF_TOKEN" in said
+        for answer in refused[2:]:
+            assert "no public repository" in answer["problem"]
+        assert f"did you mean {near}_diffusers" in refused[2]["problem"]
+        assert "refuses the token" in wrong_token["problem"]
+        assert "not in diffusers layout" in not_diffusers["problem"]
+        assert Path(allowed["answer"]).is_dir()
+        assert "there is no folder someone/lora/vae" in path["problem"]
         hub.broken = True
         assert "answered 503" in client.ask(hub.url)["problem"]
-
-
-def test_a_private_model_needs_its_token(repository, client):
-    with FakeHub({NAME: repository}, private={NAME: "hf_good"}) as hub:
-        for token in ("", "hf_other"):
-            assert "no public repository" in client.ask(hub.url, token=token)["problem"]
-        assert Path(client.ask(hub.url, token="hf_good")["answer"]).is_dir()
 
 
 def test_a_cache_that_cannot_be_written(repository, tmp_path):
@@ -237,9 +247,9 @@ def test_without_network_and_without_a_copy(client):
     assert "cannot be reached" in problem and "http://127.0.0.1:9" in problem and "HF_ENDPOINT" in problem
     problem = client.ask("https://huggingface.co")["problem"]
     assert "cannot be reached" in problem, "the tests' own block looks like a machine without a network"
-    problem = client.ask("http://127.0.0.1:9", offline_environment=1)["problem"]
-    assert "offline mode is on" in problem and "has not been downloaded" in problem
-    assert client.ask("http://127.0.0.1:9", "plan_download", offline_environment=1)["answer"] == "None"
+    refused, unplanned = client.ask_all("http://127.0.0.1:9", call(), call(what="plan_download"), offline=True)
+    assert "offline mode is on" in refused["problem"] and "has not been downloaded" in refused["problem"]
+    assert unplanned["answer"] == "None"
 
 
 def _repo_files(folder: Path) -> list[str]:

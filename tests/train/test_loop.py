@@ -115,7 +115,10 @@ def test_resuming_is_exact_to_the_bit(tmp_path: Path, accumulation: int, steps: 
     assert progress == again and differences(straight, resumed) == []
     times = ("step_s", "data_wait_s", "images_s")
     one, two = (
-        [{key: value for key, value in line.items() if key not in times} for line in read(tmp_path / each / "metrics.jsonl")]
+        [
+            {key: value for key, value in line.items() if key not in times}
+            for line in read(tmp_path / each / "metrics.jsonl")
+        ]
         for each in "ab"
     )
     assert one == two and len(one) == 2 * steps

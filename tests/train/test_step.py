@@ -35,7 +35,9 @@ def independent(steps: int, accumulation: int, decay: float, lr: float, warmup: 
             x0, size = batch.latents, batch.latents.shape
             sigma, noise = drawn(7, step, micro, size, 3.0 if size[2] * size[3] == 16 else 2.0)
             level = sigma[:, None, None, None]
-            prediction = model((1 - level) * x0 + level * noise, batch.text, 1000 * sigma, encoder_attention_mask=batch.text_mask).sample
+            prediction = model(
+                (1 - level) * x0 + level * noise, batch.text, 1000 * sigma, encoder_attention_mask=batch.text_mask
+            ).sample
             loss = ((prediction - (noise - x0)) ** 2).mean() / accumulation
             loss.backward()
             total += loss.item()
@@ -129,7 +131,11 @@ def test_a_step_that_is_not_finite_moves_nothing(where: str):
 
 def test_clipping_by_norm_by_value_and_not_at_all():
     def parameters() -> list[torch.nn.Parameter]:
-        made = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))]
+        made = [
+            torch.nn.Parameter(torch.zeros(2)),
+            torch.nn.Parameter(torch.zeros(1)),
+            torch.nn.Parameter(torch.zeros(1)),
+        ]
         made[0].grad, made[1].grad = torch.tensor([3.0, -0.5]), torch.tensor([4.0])
         return made
 

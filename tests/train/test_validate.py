@@ -74,7 +74,10 @@ def test_raw_and_average_are_drawn_and_the_weights_given_back(tmp_path: Path, pa
 def test_a_prompt_that_fails_is_counted_and_the_rest_drawn(tmp_path: Path, parts: Parts):
     painter = Painter(parts, fails="zib")
     done = validator(tmp_path, painter).run(parts, Progress(3))
-    assert [Path(file).name for file in done.files] == ["step_3_validation_0_64x96.png", "step_3_validation_0_64x96_ema.png"]
+    assert [Path(file).name for file in done.files] == [
+        "step_3_validation_0_64x96.png",
+        "step_3_validation_0_64x96_ema.png",
+    ]
     assert done.failed == (
         "step_3_zib_0_64x96.png: RuntimeError: out of memory",
         "step_3_zib_0_64x96_ema.png: RuntimeError: out of memory",
@@ -133,7 +136,23 @@ def test_plain_names_stay_readable(name: str, expected: str):
 
 
 def test_other_names_are_safe_and_apart():
-    names = ["Zib", "ZIB", "é", "ü", "星", "a/b", "a\\b", "../x", "con", "", "a" * 300, "a" * 299 + "b", "a?b", ".", "a__b"]
+    names = [
+        "Zib",
+        "ZIB",
+        "é",
+        "ü",
+        "星",
+        "a/b",
+        "a\\b",
+        "../x",
+        "con",
+        "",
+        "a" * 300,
+        "a" * 299 + "b",
+        "a?b",
+        ".",
+        "a__b",
+    ]
     made = [slug(name) for name in names]
     assert len({each.lower() for each in made}) == len(made)
     for each in made:

@@ -107,7 +107,9 @@ def test_meter_means_over_its_window_and_leaves_out_skipped_losses():
     assert meter.line(10) == "loss 2.0000  lr 1.00e-05  grad 0.25  2.00 steps/s  8.0 images/s  left 0:03"
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (725, "12:05"), (11229, "3:07:09"), (-3, "0:00")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (725, "12:05"), (11229, "3:07:09"), (-3, "0:00")]
+)
 def test_clock(seconds: float, text: str):
     assert clock(seconds) == text
 
@@ -122,7 +124,9 @@ def test_messages():
     assert message_of(Validated(done, ())) is None
     drawn = Validated(done, (str(Path("v") / "a.png"),), ("b.png: RuntimeError: full",), 2.0)
     assert message_of(drawn) == "Drew 1 pictures at step 20 (2.0 s) in v; 1 failed: b.png: RuntimeError: full"
-    assert message_of(Finished(done, "out/pipeline")) == "Finished: 20 steps, 80 images; the pipeline is in out/pipeline"
+    assert (
+        message_of(Finished(done, "out/pipeline")) == "Finished: 20 steps, 80 images; the pipeline is in out/pipeline"
+    )
     assert message_of(Stopped(done, "SIGINT")) == "Stopped after step 20: SIGINT"
     assert message_of(stepped(1)) is None
 
