@@ -30,8 +30,8 @@ class Output:
             root.mkdir(parents=True, exist_ok=True)
             probe.touch()
             probe.unlink()
-        except OSError as error:
-            reason = error.strerror or str(error)
+        except (OSError, ValueError) as error:  # a path can be none at all
+            reason = error.strerror if isinstance(error, OSError) else error
             what = f"output_dir must be a folder that can be written: {reason}"
             raise UserError(Problem(str(root), what, "name another one with --output_dir PATH")) from None
         return cls(root)
@@ -110,7 +110,15 @@ class Output:
             path.rename(target / path.name)
 
 
-_OF_A_RUN = ("metrics.jsonl", "validation_images", "pipeline", "plan.json", "ledger.json", "config.json")
+_OF_A_RUN = (
+    "config.json",
+    "plan.json",
+    "ledger.json",
+    "metrics.jsonl",
+    "validation_images",
+    "pipeline",
+    "pipeline.json",
+)
 
 
 def free_bytes(path: Path) -> int:

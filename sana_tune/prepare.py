@@ -31,7 +31,7 @@ from sana_tune.plan import CacheNeed, Plan, latent_bytes, make_plan, plan_lines,
 from sana_tune.progress import Progress
 from sana_tune.prompts import prompts_of
 from sana_tune.store import FolderStore
-from sana_tune.train.folders import Checkpoint, check_identity, find
+from sana_tune.train.folders import Checkpoint, check_identity, find, folder_name, read
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ def write_down(prepared: Prepared) -> None:
 def finished_already(prepared: Prepared) -> Progress | None:
     """Where a finished run stands, having said how to go on; None when there is still something to do."""
     plan, checkpoint = prepared.plan, prepared.checkpoint
-    if checkpoint is None or plan.first_step < plan.total_steps or not prepared.output.pipeline.is_dir():
+    if checkpoint is None or plan.first_step < plan.total_steps or not is_exported(prepared.output, checkpoint):
         return None
     log.info(
         "This run is finished: step %d of %d, its pipeline is in %s. To go on, raise max_train_steps (or "
@@ -280,6 +280,23 @@ def finished_already(prepared: Prepared) -> Progress | None:
         plan.first_step, plan.total_steps, prepared.output.pipeline,
     )  # fmt: skip
     return checkpoint.progress()
+
+
+def is_exported(output: Output, checkpoint: Checkpoint) -> bool:
+    """Whether the pipeline that stands there was made of this checkpoint, and not at the end of a shorter run."""
+    return output.pipeline.is_dir() and output.read_json("pipeline.json") == weight_hashes(checkpoint)
+
+
+def write_down_export(output: Output, progress: Progress) -> None:
+    """Write down of which checkpoint the pipeline was made: the one at `progress`."""
+    checkpoint = read(output.root / folder_name(progress.step))
+    if checkpoint is not None:
+        output.write_json("pipeline.json", weight_hashes(checkpoint))
+
+
+def weight_hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    """What the weights of a checkpoint are: file → SHA-256."""
+    return {name: entry["sha256"] for name, entry in checkpoint.files.items() if name.startswith("transformer")}
 
 
 def weights_dtype(config: Config) -> str:

@@ -28,6 +28,7 @@ from sana_tune.prepare import (
     tell,
     weights_dtype,
     write_down,
+    write_down_export,
 )
 from sana_tune.progress import Progress
 from sana_tune.store import FolderStore
@@ -374,6 +375,7 @@ def export(prepared: Prepared, parts: Parts, progress: Progress) -> str:
     )
     weights = parts.bare.state_dict()
     export_pipeline(prepared.folder, weights, average or None, out, card, variant=config.model.variant)
+    write_down_export(prepared.output, progress)
     return str(out)
 
 

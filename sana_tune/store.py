@@ -36,8 +36,8 @@ class FolderStore:
 
     def check(self) -> None:
         """UserError when there is no such folder."""
-        if not self.root.is_dir():
-            found = "is not a folder" if self.root.exists() else "does not exist"
+        if not os.path.isdir(self.root):
+            found = "is not a folder" if os.path.exists(self.root) else "does not exist"
             raise UserError(Problem(str(self.root), f"the folder {found}", "name an existing folder"))
 
     def list(self) -> Iterator[Entry]:

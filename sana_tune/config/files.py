@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def resolve(path: str | Path) -> Path:
     """A path as the user means it: relative to the working directory; config/examples/… may be a packaged one."""
     local = Path(path).expanduser()
     text = str(path).replace("\\", "/").removeprefix("./")
-    if not local.exists() and text.startswith(EXAMPLES_PREFIX):
+    if not os.path.exists(local) and text.startswith(EXAMPLES_PREFIX):
         packaged = examples_dir() / text.removeprefix(EXAMPLES_PREFIX)
         if packaged.exists():
             return packaged
@@ -125,8 +126,8 @@ def read_json(path: Path, what: str) -> Any:
         raise UserError(
             Problem(str(path), f"the {what} must be UTF-8 text; byte {error.start} is not", "save it as UTF-8")
         ) from None
-    except OSError as error:
-        raise UserError(Problem(str(path), f"the {what} could not be read: {error.strerror}", "")) from None
+    except (OSError, ValueError) as error:  # a path can be none at all
+        raise UserError(Problem(str(path), f"the {what} cannot be read: {error}", "check the path")) from None
     try:
         return json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, path))
     except json.JSONDecodeError as error:

@@ -281,7 +281,7 @@ def _dataset(
     """One entry as a frozen model; None when it is disabled or has problems."""
     label = entry.get("id", f"entry {number}")
     dataset_type = entry.get("dataset_type", "image")
-    kind = DATASET_KINDS.get(dataset_type)
+    kind = DATASET_KINDS.get(str(dataset_type))
     if kind is None:
         later = legacy.LATER_VALUES["dataset_type"].get(str(dataset_type))
         what = f"must be {' or '.join(DATASET_KINDS)}; found {_short(dataset_type)}"
@@ -295,6 +295,8 @@ def _dataset(
             values[named] = value
     if str(values.get("disabled", False)).lower() in ("true", "1"):
         return None
+    if isinstance(folder := values.get("instance_data_dir"), str):
+        values["instance_data_dir"] = str(resolve(folder))  # of a packaged example, where there is no such folder here
     if kind is ImageDataset and config is not None:
         values = inherit(values, config.data)
     return _validated(kind, values, lambda key: f"{path}: {label}: {key}", findings)
@@ -308,7 +310,7 @@ def _check_together(
     findings: _Findings,
 ) -> None:
     """What must hold between datasets: unique ids, one text cache, at least one set of pictures."""
-    ids = [entry.get("id") for entry in entries if entry.get("id")]
+    ids = [str(entry["id"]) for entry in entries if entry.get("id")]
     for name in dict.fromkeys(name for name in ids if ids.count(name) > 1):
         findings.problems.append(Problem(f"{path}: {name}", "the id of a dataset must be unique", "rename one of them"))
     if len(texts) > 1:

@@ -32,12 +32,15 @@ def export_pipeline(
     """Write a pipeline folder at `out`, replacing an older one: raw weights in transformer/, EMA in transformer_ema/.
 
     The VAE, text encoder, tokenizer and scheduler are copied from the source model, one variant under plain file
-    names. Written beside `out`, synced and renamed, so that `out` is whole or not there. States keep their dtype.
+    names. Written beside `out`, synced and renamed, so that `out` is whole or not there; what killed exports left
+    beside it is removed. States keep their dtype.
     Raises UserError when the place cannot be written.
     """
     staged = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        for left in out.parent.glob(f".{out.name}.tmp-*"):  # by a run that was killed
+            shutil.rmtree(left)
         staged.mkdir()
         try:
             _write(source, transformer_state, ema_state, staged, readme, variant, dtype, max_shard_bytes)

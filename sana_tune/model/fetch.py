@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,9 +75,9 @@ def local_folder(name: str) -> Path | None:
     if name == NANO:
         return Path(str(files("sana_tune") / "assets" / "nano" / "model"))
     path = Path(name).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         return path.resolve()
-    if path.is_file():
+    if os.path.isfile(path):
         raise UserError(
             Problem(
                 KEY,

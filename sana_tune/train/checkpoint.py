@@ -21,6 +21,7 @@ from torch import Tensor
 from sana_tune.errors import Problem, UserError
 from sana_tune.log import log
 from sana_tune.progress import Progress
+from sana_tune.store import sync_folder
 from sana_tune.train import folders
 from sana_tune.train.folders import FRESH, Checkpoint
 from sana_tune.train.optim import load_optimizer_state
@@ -118,8 +119,8 @@ class Checkpoints:
         _write_json(staged / folders.MANIFEST, {"step": progress.step, "serial": serial, "files": files})
         folders.sync_file(staged / folders.MANIFEST)
         for folder in [each for each in staged.rglob("*") if each.is_dir()]:
-            folders.sync_folder(folder)
-        folders.sync_folder(staged)
+            sync_folder(folder)
+        sync_folder(staged)
         return serial
 
     def _prune(self, room_for: int) -> list[str]:

@@ -26,7 +26,7 @@ class Ema:
         self.decay = decay
         self.interval = interval
         self._names = [name for name, _ in pairs]
-        self._weights = [parameter for _, parameter in pairs]
+        self._weights: list[Tensor] = [parameter for _, parameter in pairs]
         self._same_dtype = all(parameter.dtype == torch.float32 for parameter in self._weights)
         self._shadow = [parameter.detach().to(torch.float32, copy=True) for parameter in self._weights]
 

@@ -22,6 +22,7 @@ from typing import Any
 from sana_tune.errors import Problem, UserError
 from sana_tune.log import log
 from sana_tune.progress import Progress
+from sana_tune.store import sync_folder
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
@@ -174,19 +175,6 @@ def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
         raise UserError(*problems)
 
 
-def ensure_writable(output_dir: Path) -> None:
-    """Make the output folder and try to write in it. Raises UserError."""
-    probe = output_dir / f".write-test-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        what = f"the output folder cannot be written: {error.strerror or error}"
-        fix = "name another output_dir, or change the folder's rights"
-        raise UserError(Problem(f"output_dir {output_dir}", what, fix)) from error
-
-
 def aside(output_dir: Path, step: int, kind: str) -> Path:
     """A new hidden name beside checkpoint-<step>. kind: tmp (being written), old (replaced), trash (removed)."""
     return output_dir / f".{folder_name(step)}.{kind}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -247,14 +235,3 @@ def sync_file(path: Path) -> None:
     """Have a written file on the disk itself."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Have a folder's names on the disk itself (where the system knows that)."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

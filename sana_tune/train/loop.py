@@ -14,7 +14,7 @@ from sana_tune.progress import Every, Progress, due
 from sana_tune.train.checkpoint import Checkpoints
 from sana_tune.train.folders import Checkpoint
 from sana_tune.train.signals import Stop
-from sana_tune.train.step import Parts, StepResult, train_step
+from sana_tune.train.step import Parts, StepResult, summed, train_step
 from sana_tune.train.validate import NoValidator, Validator
 from sana_tune.watch.events import Finished, Started, Stepped, Stopped
 from sana_tune.watch.sinks import Watcher
@@ -95,7 +95,7 @@ def stop_agreed(parts: Parts, stop: Stop) -> bool:
     if parts.accelerator.num_processes == 1:
         return stop.requested
     flag = torch.tensor(float(stop.requested), device=parts.accelerator.device)
-    if parts.accelerator.reduce(flag, "sum").item() > 0 and not stop.requested:
+    if summed(parts.accelerator, flag).item() > 0 and not stop.requested:
         stop.request()
     return stop.requested
 

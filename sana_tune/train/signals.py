@@ -6,6 +6,7 @@ noted, so that the step can be finished and saved; the second leaves at once; a 
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -14,7 +15,6 @@ from types import FrameType
 from typing import Any
 
 from sana_tune.errors import Interrupted
-from sana_tune.log import log
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -94,8 +94,16 @@ class Stop:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._deferred and not self.requested:
             self.signal_number = number
-            log.warning("asked to stop: the step is finished and saved; once more leaves at once")
+            _tell("\nasked to stop: this step is finished and saved; once more leaves at once\n")
             return
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         raise LeaveNow(number)
+
+
+def _tell(text: str) -> None:
+    """Write to standard error, past Python's buffers: a handler may have interrupted a print."""
+    try:
+        os.write(2, text.encode())
+    except OSError:
+        pass  # nobody is listening

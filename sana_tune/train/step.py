@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -163,5 +163,10 @@ def _read(parts: Parts, losses: list[Tensor], norm: Tensor, images: int) -> tupl
         loss, norm_value = values.tolist()
         return loss, norm_value, images
     together = torch.cat([values / ranks, values.new_full((1,), float(images))])
-    loss, norm_value, total = parts.accelerator.reduce(together, "sum").tolist()
+    loss, norm_value, total = summed(parts.accelerator, together).tolist()
     return loss, norm_value, int(total)
+
+
+def summed(accelerator: Accelerator, tensor: Tensor) -> Tensor:
+    """The tensor summed over all ranks, on each of them."""
+    return cast(Tensor, accelerator.reduce(tensor, "sum"))

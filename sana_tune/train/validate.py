@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import time
 import unicodedata
@@ -12,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sana_tune.errors import UserError
 from sana_tune.log import log
 from sana_tune.progress import Progress
+from sana_tune.store import write_atomically
 from sana_tune.train.step import Parts
 from sana_tune.watch.events import Validated
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 # What drawing one picture may fail with (out of memory is a RuntimeError) without ending the run.
-_FAILURES = (RuntimeError, ValueError, ArithmeticError, OSError)
+_FAILURES = (RuntimeError, ValueError, ArithmeticError, OSError, UserError)
 _SLUG_LENGTH = 60
 
 
@@ -115,6 +116,7 @@ class Validator:
         started = time.perf_counter()
         files: list[str] = []
         failed: list[str] = []
+        log.info("Drawing the pictures of step %d", progress.step)
         try:
             for suffix, weights in parts.ema.views():
                 if suffix and progress.step == 0:
@@ -137,10 +139,10 @@ class Validator:
 
     def _one(self, picture: Picture, path: Path, files: list[str], failed: list[str]) -> None:
         try:
-            write_whole(path, self._encode(self._draw(picture)))
+            write_atomically(path, self._encode(self._draw(picture)))
         except _FAILURES as error:
             log.debug("drawing %s failed", path.name, exc_info=error)
-            failed.append(f"{path.name}: {type(error).__name__}: {error}")
+            failed.append(f"{path.name}: {type(error).__name__}: {first_line(error)}")
         else:
             files.append(str(path))
 
@@ -158,12 +160,6 @@ class NoValidator:
         return Validated(progress, ())
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        aside.write_bytes(data)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+def first_line(error: Exception) -> str:
+    """An error's message without what follows its first line (CUDA's go on for pages)."""
+    return str(error).partition("\n")[0]

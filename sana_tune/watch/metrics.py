@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, TextIO
 
+from sana_tune.store import write_atomically
 from sana_tune.watch.events import Stepped
 
 
@@ -58,17 +58,12 @@ class Metrics:
         self._file: TextIO | None = None
 
     def cut_back_to(self, step: int) -> None:
-        """Drop the lines after `step`, and torn ones. Atomic: a kill leaves the old file or the new one."""
+        """Drop the lines after `step`, and torn ones. A kill leaves the old file or the new one."""
         self.close()
         if not self.path.exists():
             return
         kept = [line for line in read(self.path) if line["step"] <= step]
-        aside = self.path.with_name(f".{self.path.name}.tmp-{os.getpid()}")
-        with open(aside, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, self.path)
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode("utf-8"))
 
     def append(self, event: Stepped) -> None:
         """Write one step's line. Raises OSError when the disk does not take it."""

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from sana_tune.log import log
 from sana_tune.watch.events import (
@@ -26,8 +26,8 @@ from sana_tune.watch.metrics import Metrics
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress as Bars
-    from rich.progress import TaskID
+
+    from sana_tune.watch.bars import Bars
 
 CACHE_TITLES = {"text": "Caching captions", "latents": "Caching latents"}
 
@@ -123,12 +123,12 @@ class Meter:
             return 0.0
         return (total_steps - self._steps[-1].progress.step) / self.steps_per_s
 
-    def line(self, total_steps: int) -> str:
-        """loss, learning rate, gradient norm, pace and time left, as they stand beside a bar."""
+    @property
+    def numbers(self) -> str:
+        """loss, learning rate, gradient norm and pace; after at least one step."""
         last = self._steps[-1]
-        numbers = f"loss {self.loss:.4f}  lr {last.learning_rate:.2e}  grad {last.grad_norm:.3g}"
         pace = f"{self.steps_per_s:.2f} steps/s  {self.images_per_s:.1f} images/s"
-        return f"{numbers}  {pace}  left {clock(self.left_s(total_steps))}"
+        return f"loss {self.loss:.4f}  lr {last.learning_rate:.2e}  grad {last.grad_norm:.3g}  {pace}"
 
 
 def clock(seconds: float) -> str:
@@ -180,66 +180,38 @@ class BarsSink:
         self._console = console
         self._refresh_per_s = refresh_per_s
         self._bars: Bars | None = None
-        self._tasks: dict[str, TaskID] = {}
         self._meter = Meter()
         self._total_steps = 0
 
     def emit(self, event: Event) -> None:
         say(event)
         match event:
-            case CacheProgress():
-                self._show_cache(event)
-            case Started():
-                self._total_steps = event.total_steps
-                self._show("train", "Training", event.progress.step, event.total_steps, "")
-            case Stepped():
+            case CacheProgress(cache=cache, done=done, total=total) if total:
+                self._open().show(CACHE_TITLES.get(cache, f"Caching {cache}"), done, total)
+                if event.finished:
+                    self.close()
+            case Started(progress=progress, total_steps=total):
+                self._total_steps = total
+                self._open().show("Training", progress.step, total)
+            case Stepped(progress=progress):
                 self._meter.add(event)
-                text = self._meter.line(self._total_steps)
-                self._show("train", "Training", event.progress.step, self._total_steps, text)
+                left = clock(self._meter.left_s(self._total_steps))
+                self._open().show("Training", progress.step, self._total_steps, left, self._meter.numbers)
             case Finished() | Stopped():
                 self.close()
 
     def close(self) -> None:
         if self._bars is not None:
             self._bars.stop()
-        self._bars = None
-        self._tasks.clear()
-
-    def _show_cache(self, event: CacheProgress) -> None:
-        title = CACHE_TITLES.get(event.cache, f"Caching {event.cache}")
-        if event.total:
-            self._show(event.cache, title, event.done, event.total, "")
-        if event.finished:
-            self.close()
-
-    def _show(self, name: str, title: str, done: int, total: int, text: str) -> None:
-        if self._bars is None:
-            self._bars = self._open()
-        if name not in self._tasks:
-            self._tasks[name] = self._bars.add_task(title, total=total, completed=done, text=text)
-        self._bars.update(self._tasks[name], completed=done, total=total, text=text)
+            self._bars = None
 
     def _open(self) -> Bars:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        if self._bars is None:
+            from sana_tune.watch.bars import Bars
 
-        class CacheTimeLeft(TimeRemainingColumn):
-            """The time left of a cache; the training's own text carries its time."""
-
-            def render(self, task: Any) -> Any:
-                return "" if task.fields["text"] else super().render(task)
-
-        bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}", markup=False),
-            CacheTimeLeft(compact=True),
-            console=self._console,
-            refresh_per_second=self._refresh_per_s,
-            transient=False,
-        )
-        bars.start()
-        return bars
+            self._bars = Bars(self._console, self._refresh_per_s)
+            self._bars.start()
+        return self._bars
 
 
 class LinesSink:
@@ -267,7 +239,8 @@ class LinesSink:
                 self._meter.add(event)
                 step, total = event.progress.step, self._total_steps
                 if self._turn("train", step, total) or step == self._first_step + 1:
-                    log.info("step %d of %d  %s", step, total, self._meter.line(total))
+                    left = clock(self._meter.left_s(total))
+                    log.info("step %d of %d  %s  left %s", step, total, self._meter.numbers, left)
 
     def close(self) -> None:
         pass

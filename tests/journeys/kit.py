@@ -196,7 +196,7 @@ class Child:
             sys.stdout = sys.stderr = open(1, "w", buffering=1, encoding="utf-8", closefd=False)
             code = function()
             code = code if isinstance(code, int) else 0
-        except BaseException:
+        except BaseException:  # noqa: BLE001  whatever it is: a fork must not go on as a second pytest
             traceback.print_exc()
         finally:
             sys.stdout.flush()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import re
@@ -16,18 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
+from diffusers import SanaPipeline, SanaTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import Gemma2Model
 
 from sana_tune.config.load import load
 from sana_tune.model.fetch import locate
 from sana_tune.prompts import MAIN, prompts_of
-from sana_tune.run import run
-from sana_tune.watch.events import CacheProgress, Event, Started, Stepped
 from tests.fake_hub import FakeHub
-from tests.journeys.kit import Heard, differences, metrics_of, pictures, small_run, state_of
+from tests.journeys.kit import differences, metrics_of, pictures, small_run, state_of
 
 ROOT = Path(__file__).resolve().parents[2]
 OFFLINE = ROOT / "tests" / "offline"
@@ -354,28 +350,3 @@ def test_a_model_of_the_hub_is_downloaded_once(tmp_path):
         load_file(tmp_path / "again/pipeline/vae" / WEIGHTS).keys()
         == load_file(locate("nano") / "vae" / WEIGHTS).keys()
     )
-
-
-# ---- memory ----
-
-
-def networks() -> list[Any]:
-    """Every text encoder and VAE that is in memory."""
-    return [thing for thing in gc.get_objects() if type(thing) in (Gemma2Model, AutoencoderDC)]
-
-
-def test_encoder_and_vae_are_gone_before_the_first_step(tmp_path):
-    """Each lives while its cache is filled, and not one of them when training starts."""
-    others = networks()
-    alive: list[tuple[str, set[type]]] = []
-
-    def look(event: Event) -> None:
-        if isinstance(event, (CacheProgress, Started, Stepped)):
-            where = event.cache if isinstance(event, CacheProgress) else type(event).__name__
-            found = (network for network in networks() if not any(network is other for other in others))
-            alive.append((where, {type(network) for network in found}))
-
-    pictures(tmp_path / "pictures", 2)
-    run(small_run(tmp_path, max_train_steps=1), sinks=[Heard(look)])
-    assert ("text", {Gemma2Model}) in alive and ("latents of d0", {AutoencoderDC}) in alive
-    assert [kinds for where, kinds in alive if where in ("Started", "Stepped")] == [set(), set()]

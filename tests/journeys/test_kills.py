@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import signal
 import time
@@ -17,8 +19,11 @@ from sana_tune.config.load import Loaded
 from sana_tune.data import shards
 from sana_tune.run import run
 from sana_tune.train import folders
+from sana_tune.watch.events import Finished, Stepped
+from tests.data.pictures import put
 from tests.journeys.kit import (
     Child,
+    Heard,
     cache_of,
     differences,
     metrics_of,
@@ -31,8 +36,10 @@ from tests.journeys.kit import (
 
 KILLS, KILLS_IN_FULL = 20, 100
 STEPS = 6
+# How the names begin under which things are written, replaced or removed → what they are.
+ASIDE = {".writing-": "shard", ".checkpoint-": "checkpoint", ".pipeline.": "pipeline"}
 # How long a write of this kind takes, about, in seconds: a kill comes within that time of its beginning.
-REACH_S = {"shard": 0.01, "checkpoint": 0.2, "pipeline": 0.05}
+REACH_S = {"shard": 0.004, "checkpoint": 0.1, "pipeline": 0.03}
 
 
 @pytest.fixture(autouse=True)
@@ -70,10 +77,13 @@ class History:
 
     def being_written(self) -> dict[str, str]:
         """Paths of what is half done (written, replaced or removed) → its kind."""
-        found = dict.fromkeys((self.output / "cache").rglob(".writing-*.tmp"), "shard")
-        found |= dict.fromkeys(self.output.glob(".checkpoint-*"), "checkpoint")
-        found |= dict.fromkeys(self.output.glob(".pipeline.*"), "pipeline")
-        return {str(path): kind for path, kind in found.items()}
+        found = {}
+        cache = self.output / "cache"
+        for folder in (self.output, cache / "text", cache / "vae" / "d0", cache / "vae" / "d1"):
+            for name in os.listdir(folder) if folder.is_dir() else ():
+                kinds = [kind for begin, kind in ASIDE.items() if name.startswith(begin)]
+                found |= dict.fromkeys([str(folder / name)], kinds[0]) if kinds else {}
+        return found
 
     def check_what_is_there(self) -> None:
         """Whatever has its name is whole, at every moment."""
@@ -91,7 +101,8 @@ class History:
         for step in (STEPS - 1, STEPS):
             state = state_of(self.output / f"checkpoint-{step}")
             found |= {f"{step}/{name}": value for name, value in state.items()}
-        found["files"] = sorted(path.name for path in self.output.iterdir())
+        found["files"] = sorted(path.name for path in self.output.iterdir() if not path.name.startswith("."))
+        found["half done"] = self.being_written()
         return {**found, **pipeline_of(self.output), **cache_of(self.output / "cache")}
 
 
@@ -102,12 +113,11 @@ def strike(history: History, luck: random.Random, span_s: float) -> str | None:
     if luck.random() < 0.2:
         time.sleep(luck.uniform(0, span_s))
     else:
-        wanted, seen = luck.randint(1, 3), {}
+        wanted, seen = luck.randint(1, 2), {}
         while child.running and len(seen) < wanted:
             seen |= {path: kind for path, kind in history.being_written().items() if path not in before}
             time.sleep(0.0005)
-        if seen:
-            time.sleep(luck.uniform(0, REACH_S[list(seen.values())[-1]]))
+        time.sleep(luck.uniform(0, REACH_S[list(seen.values())[-1]]) if seen else 0)
     child.send(signal.SIGKILL)
     if (code := child.wait()) == 0:
         return None
@@ -120,11 +130,14 @@ def test_killed_at_any_moment_it_ends_as_if_undisturbed(tmp_path: Path, full: bo
     pictures(tmp_path / "squares", 6)
     pictures(tmp_path / "wide", 4, (64, 32), seed=1)
     undisturbed = History(tmp_path, tmp_path / "undisturbed")
+    run(undisturbed.loaded())  # in this process: the ones that are forked from it have everything imported
     began_s = time.monotonic()
-    child = undisturbed.start()
+    again = History(tmp_path, tmp_path / "again")
+    child = again.start()
     assert child.wait() == 0, child
     span_s = time.monotonic() - began_s
     expected = undisturbed.result()
+    assert differences(expected, again.result()) == []
     assert len(cache_of(undisturbed.output / "cache")) == 6 + 4 + 6 + 4 + 1
 
     luck, kills, histories = random.Random(20), Counter[str](), 0
@@ -143,3 +156,72 @@ def test_killed_at_any_moment_it_ends_as_if_undisturbed(tmp_path: Path, full: bo
     print(f"{kills.total()} kills in {histories} runs, within the writing of: {dict(kills)}")
     assert kills["shard"] + kills["checkpoint"] + kills["pipeline"] >= kills.total() // 2, kills
     assert kills["shard"] >= 2 and kills["checkpoint"] >= 4, kills
+
+
+# ---- nothing is encoded twice ----
+
+
+def test_a_second_run_encodes_nothing_and_an_edit_re_encodes_that_item_alone(tmp_path: Path):
+    first = pictures(tmp_path / "pictures", 5, variants=2)
+    pictures(tmp_path / "more", 3, (64, 32), seed=1)
+
+    def encoded(**settings: Any) -> dict[str, int]:
+        datasets = [{"instance_data_dir": str(first)}, {"instance_data_dir": str(tmp_path / "more")}]
+        settings = {"max_train_steps": 1, "cache_dir": str(tmp_path / "cache"), **settings}
+        heard, loaded = Heard(), small_run(tmp_path, *datasets, **settings)
+        run(loaded, sinks=[heard], restart=True)
+        plan = Path(loaded.config.train.output_dir) / "plan.json"
+        needs = json.loads(plan.read_bytes())["caches"]
+        missed = {need["name"]: need["needed"] - need["hits"] for need in needs if need["needed"] > need["hits"]}
+        assert missed == heard.encoded, "what was made is what the plan said"
+        assert len(heard.of(Finished)) == 1
+        return heard.encoded
+
+    assert encoded() == {"text": 1 + 5 * 2 + 3, "latents of d0": 5, "latents of d1": 3}
+    whole = cache_of(tmp_path / "cache")
+    assert encoded() == {}
+    assert encoded(output_dir=str(tmp_path / "elsewhere"), train_batch_size=1, seed=3, learning_rate=1e-5) == {}
+
+    put(first, "p02.png", 32, 32, seed=99)
+    assert encoded() == {"latents of d0": 1}
+    lines = (first / "p03.txt").read_text(encoding="utf-8").splitlines()
+    (first / "p03.txt").write_text(f"{lines[0]}\nan edited caption", encoding="utf-8")
+    assert encoded() == {"text": 1}
+    assert encoded() == {}
+    for path in first.iterdir():
+        os.utime(path)
+    (first / "p01.png").rename(first / "renamed.png")
+    (first / "p01.txt").rename(first / "renamed.txt")
+    put(first, "again.png", 32, 32, seed=99, caption="an edited caption")
+    assert encoded() == {}, "touched, renamed and doubled: the bytes are known"
+    assert encoded(resolution=40) == {"latents of d0": 5, "latents of d1": 3}
+    now = cache_of(tmp_path / "cache")
+    assert len(now) == len(whole) + 2 + 8 and {key: now[key] for key in whole} == whole, "nothing old was touched"
+
+
+def test_one_picture_is_a_dataset(tmp_path: Path):
+    pictures(tmp_path / "pictures", 1)
+    heard = Heard()
+    run(small_run(tmp_path, train_batch_size=4, gradient_accumulation_steps=2), sinks=[heard])
+    plan = json.loads((tmp_path / "output/plan.json").read_bytes())
+    assert [(bucket["pictures"], bucket["micro_batches"], bucket["filled"]) for bucket in plan["buckets"]] == [
+        (1, 1, 3)
+    ]
+    assert heard.encoded == {"text": 2, "latents of d0": 1}
+    assert [event.images for event in heard.of(Stepped)] == [8] * 4
+    assert len(heard.of(Finished)) == 1 and (tmp_path / "output/pipeline/model_index.json").is_file()
+
+
+def test_a_bucket_smaller_than_a_batch_is_filled_and_that_is_said(tmp_path: Path):
+    folder = pictures(tmp_path / "pictures", 5)
+    pictures(folder, 2, (64, 32), name="wide")
+    heard = Heard()
+    run(small_run(tmp_path, train_batch_size=3, num_train_epochs=1, max_train_steps=0), sinks=[heard])
+    plan, ledger = (json.loads((tmp_path / f"output/{name}.json").read_bytes()) for name in ("plan", "ledger"))
+    buckets = {(bucket["width_px"], bucket["height_px"]): bucket for bucket in plan["buckets"]}
+    assert {size: bucket["filled"] for size, bucket in buckets.items()} == {(32, 32): 1, (48, 24): 1}
+    assert [event.images for event in heard.of(Stepped)] == [3, 3, 3] and len(heard.of(Finished)) == 1
+    (entry,) = ledger["datasets"]
+    assert entry["found"] == entry["trained"] == 7 and entry["left_out"] == []
+    said = (tmp_path / "output/log.txt").read_text(encoding="utf-8")
+    assert "48x24: 2 pictures = 1 micro-batches of 3 (1 filled in from the same bucket)" in said

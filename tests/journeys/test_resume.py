@@ -134,14 +134,23 @@ def at_step(step: int, act: Callable[[], None]) -> Callable[[Event], None]:
     return lambda event: act() if isinstance(event, Stepped) and event.progress.step == step else None
 
 
-def killed(course: Course, step: int, tmp_path: Path, **settings: Any) -> None:
-    """Train in a process of its own that is killed, as by kill -9, after a step and before that is saved."""
+def killed(course: Course, when: Callable[[Event], bool], tmp_path: Path, **settings: Any) -> None:
+    """Train in a process of its own that is killed, as by kill -9, at the first event for which `when` holds."""
 
     def life() -> None:
-        course.run(then=at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL)), **settings)
+        course.run(then=lambda event: os.kill(os.getpid(), signal.SIGKILL) if when(event) else None, **settings)
 
     child = Child(life, tmp_path / "killed.txt")
     assert child.wait() == -signal.SIGKILL, child
+
+
+def done(step: int) -> Callable[[Event], bool]:
+    """The event of a step: it is done and not yet saved."""
+    return lambda event: isinstance(event, Stepped) and event.progress.step == step
+
+
+def saved(step: int) -> Callable[[Event], bool]:
+    return lambda event: isinstance(event, Saved) and event.progress.step == step
 
 
 # ---- kill -9 ----
@@ -151,7 +160,7 @@ def killed(course: Course, step: int, tmp_path: Path, **settings: Any) -> None:
 def test_killed_and_resumed_is_bit_for_bit_the_straight_run(home, straight, tmp_path: Path, scenario: str):
     expected = straight(scenario)
     course = Course(home, tmp_path, scenario)
-    killed(course, 5, tmp_path)
+    killed(course, done(5), tmp_path)
     assert [line["step"] for line in metrics_of(course.output)] == [1, 2, 3, 4, 5]
     assert [path.name for path in course.output.glob("checkpoint-*")] == ["checkpoint-3"]
 
@@ -203,7 +212,7 @@ def test_from_an_older_checkpoint_the_same_end_is_reached(home, straight, tmp_pa
     newest = folders.find(course.output, "latest")
     assert newest is not None and newest.step == STEPS and folders.damage(newest) == []
 
-    killed(course, 7, tmp_path, resume_from_checkpoint=str(course.output / "checkpoint-3"))
+    killed(course, done(7), tmp_path, resume_from_checkpoint=str(course.output / "checkpoint-3"))
     heard = course.run()  # latest is the one saved last, step 6 of the new course; not step 8 of the one that was left
     assert heard.of(Started)[0].progress.step == 6
     assert differences(straight("everything"), course.result()) == []
@@ -215,6 +224,19 @@ def test_a_longer_run_goes_on_from_a_finished_one(home, straight, tmp_path: Path
     heard = course.run()
     assert heard.of(Started)[0].progress.step == 5
     assert differences(straight("accumulation"), course.result()) == []
+
+
+def test_killed_after_the_last_checkpoint_its_pipeline_still_comes(home, straight, tmp_path: Path):
+    """Also where the pipeline of a shorter run stands already: that one is not taken for this run's."""
+    course = Course(home, tmp_path, "accumulation")
+    killed(course, saved(5), tmp_path, max_train_steps=5)
+    assert not (course.output / "pipeline").exists()
+    assert course.run(max_train_steps=5).of(Stepped) == [] and (course.output / "pipeline").is_dir()
+    killed(course, saved(STEPS), tmp_path)
+    heard = course.run()
+    assert heard.of(Stepped) == [] and len(heard.of(Finished)) == 1
+    assert differences(straight("accumulation"), course.result()) == []
+    assert course.run().events == [], "now it is finished"
 
 
 # ---- asked to stop ----

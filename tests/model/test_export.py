@@ -72,6 +72,13 @@ def test_an_older_export_is_replaced_only_by_a_whole_one(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "pipeline"]
 
 
+def test_what_killed_exports_left_is_removed(tmp_path):
+    for name in (".pipeline.tmp-0123abcd/transformer", ".pipeline.tmp-4567cdef.old/vae", ".other.tmp-0123abcd"):
+        (tmp_path / name).mkdir(parents=True)
+    export_pipeline(cached_sana(), trained(1), None, tmp_path / "pipeline", "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.tmp-0123abcd", "pipeline"]
+
+
 def test_large_transformers_are_written_in_shards(tmp_path):
     raw = trained(4)
     export_pipeline(cached_sana(), raw, None, tmp_path / "pipeline", "", max_shard_bytes=400_000)

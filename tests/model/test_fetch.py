@@ -199,6 +199,8 @@ def test_a_killed_download_keeps_its_finished_files(repository, client):
         # a torn download is not taken for a model, with or without the hub
         problem = client.ask(hub.url, offline=True)["problem"]
         assert "no complete safetensors weights in transformer/" in problem
+        problem = client.ask("http://127.0.0.1:9")["problem"]
+        assert "cannot be reached" in problem and "is kept and the next run continues it" in problem
         hub.stalls.clear()
         before = hub.downloaded()
         hub.sent.clear()

@@ -9,6 +9,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
 
 from sana_tune.errors import UserError
 from sana_tune.model import generate
@@ -107,11 +108,15 @@ def test_autocast_draws_nearly_the_same_with_the_fp32_attention():
     text = load_text_encoder(folder).encode(["a cat"])[0]
     transformer = load_transformer(folder)
     install(transformer)
-    exact = generate.Painter(folder).draw(transformer, text, text, width=64, height=64, steps=3)
-    rough = generate.Painter(folder, autocast=torch.bfloat16).draw(
-        transformer, text, text, width=64, height=64, steps=3
-    )
-    assert not np.array_equal(exact, rough) and np.abs(exact.astype(int) - rough).mean() < 8
+    used = []
+    transformer.transformer_blocks[0].attn1.register_forward_pre_hook(lambda attn, _: used.append(type(attn.processor)))
+    pictures = []
+    for autocast, attention in ((None, SanaLinearAttnProcessor2_0), (torch.bfloat16, LinearAttention)):
+        used.clear()
+        painter = generate.Painter(folder, autocast=autocast)
+        pictures.append(painter.draw(transformer, text, text, width=64, height=64, steps=3).astype(int))
+        assert set(used) == {attention}
+    assert 0 < np.abs(pictures[0] - pictures[1]).mean() < 8
 
 
 def test_the_vae_is_loaded_at_the_first_picture_and_released():

@@ -242,7 +242,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path: Path):
 
 
 def save_for_ever(output: Path, parts: Parts, ready: int) -> None:
-    """What the killed process does: go on from the newest checkpoint and save every step, each marked with its number."""
+    """What the killed process does: go on from the newest checkpoint and save each step, marked with its number."""
     checkpoints = Checkpoints(output, limit=2)
     progress = checkpoints.restore(parts, folders.find(output, "latest"))
     os.write(ready, b"!")

@@ -132,23 +132,6 @@ def test_a_broken_progress_file_is_a_user_error(tmp_path: Path):
         found.progress()
 
 
-def test_an_output_folder_that_cannot_be_written(tmp_path: Path):
-    folders.ensure_writable(tmp_path / "new" / "folder")
-    assert names(tmp_path / "new" / "folder") == []
-    (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(UserError, match="cannot be written") as caught:
-        folders.ensure_writable(tmp_path / "file" / "out")
-    assert str(tmp_path / "file" / "out") in caught.value.problems[0].where
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="rights do not bind root")
-def test_an_output_folder_without_rights(tmp_path: Path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="cannot be written"):
-        folders.ensure_writable(tmp_path)
-    tmp_path.chmod(0o700)
-
-
 def test_publishing_replaces_a_checkpoint_of_the_same_step(tmp_path: Path):
     fake(tmp_path, 4, content=b"old")
     staged = folders.aside(tmp_path, 4, "tmp")

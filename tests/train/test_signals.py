@@ -35,12 +35,13 @@ def test_while_loading_a_signal_leaves_at_once(number: signal.Signals):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_while_training_the_first_is_noted(number: signal.Signals):
+def test_while_training_the_first_is_noted(number: signal.Signals, capfd: pytest.CaptureFixture[str]):
     stop = Stop()
     with stop.listening(), stop.deferred():
         assert not stop.requested and stop.reason == ""
         send(number)
         assert stop.requested and stop.reason == number.name
+    assert "once more leaves at once" in capfd.readouterr().err
     assert stop.interrupted().exit_code == 128 + number
 
 

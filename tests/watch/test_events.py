@@ -26,6 +26,7 @@ def test_an_event_cannot_be_changed():
 
 
 def test_events_and_metrics_are_torch_free():
-    code = "import sys, sana_tune.watch.events, sana_tune.watch.metrics, sana_tune.watch.sinks; print('torch' in sys.modules)"
+    modules = "sana_tune.watch.events, sana_tune.watch.metrics, sana_tune.watch.sinks"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -1,0 +1,259 @@
+"""How fast sana_tune is: its steps beside those of a bare loop, its start, and `sana_tune --help`.
+
+    python scripts/benchmark.py                      nano, batch 8, on the CPU
+    python scripts/benchmark.py --batch 32 --threads 2
+    python scripts/benchmark.py --model FOLDER --device cuda --precision bf16 --batch 4
+
+Two loops are timed in one process in alternating blocks, so that whatever else the machine does slows both alike:
+ours is `train.loop.fit` as a run calls it (loader over warm caches, noise from position, clip, check, EMA,
+metrics.jsonl, screen); the bare one is the shortest that trains the same: plain diffusers model, optimi AdamW, clip,
+EMA, one read of the loss, its batches ready in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+if TYPE_CHECKING:
+    import torch
+
+    from sana_tune.config.load import Loaded
+    from sana_tune.data.loader import Batches, Step
+    from sana_tune.prepare import Prepared
+    from sana_tune.run import Caches
+
+CLIP, DECAY, RATE = 0.1, 0.99, 1e-5
+HELP_TIMES = 5
+
+
+@dataclass
+class Alternating:
+    """A run's batches that pause after each `block` steps: `between` is called, and both are timed.
+
+    wait: returns when the device has done its work. ours, theirs: seconds per step, block by block.
+    """
+
+    batches: Batches
+    block: int
+    between: Callable[[int], None]
+    wait: Callable[[], None]
+    ours: list[float] = field(default_factory=list)
+    theirs: list[float] = field(default_factory=list)
+
+    def steps(self, first_step: int, total_steps: int) -> Iterator[Step]:
+        steps = self.batches.steps(first_step, total_steps)
+        for _ in range(first_step, total_steps, self.block):
+            started = time.perf_counter()
+            yield from islice(steps, self.block)
+            self.ours.append(self.since(started))  # the loop asks for the next step: it has done the last one
+            started = time.perf_counter()
+            self.between(self.block)
+            self.theirs.append(self.since(started))
+
+    def since(self, started: float) -> float:
+        self.wait()
+        return (time.perf_counter() - started) / self.block
+
+
+def settings(folder: Path, asked: argparse.Namespace) -> Loaded:
+    """Pictures of one size in `folder`, and the settings of a run on them."""
+    import numpy as np
+
+    from sana_tune.config.load import load
+    from sana_tune.model import fetch
+    from sana_tune.model.facts import from_folder
+    from scripts.nano import draw
+
+    side = asked.resolution or from_folder(fetch.locate(asked.model)).native_px
+    scenes = [draw.random_scene(np.random.default_rng(n), size_px=(side, side)) for n in range(4 * asked.batch)]
+    draw.write_pictures(folder / "pictures", scenes)
+    datasets = [{"id": "pictures", "instance_data_dir": str(folder / "pictures")}]
+    (folder / "multidatabackend.json").write_text(json.dumps(datasets), encoding="utf-8")
+    config = {
+        "pretrained_model_name_or_path": asked.model,
+        "data_backend_config": str(folder / "multidatabackend.json"),
+        "output_dir": str(folder / "output"),
+        "caption_strategy": "textfile",
+        "resolution": side,
+        "train_batch_size": asked.batch,
+        "max_train_steps": asked.block * (asked.blocks + 1),
+        "checkpoint_step_interval": 0,
+        "mixed_precision": asked.precision,
+        "gradient_checkpointing": asked.recompute,
+        "learning_rate": RATE,
+        "max_grad_norm": CLIP,
+        "use_ema": True,
+        "ema_decay": DECAY,
+        "validation_disable": True,
+        "device": asked.device,
+    }
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return load(folder / "config.json", {}, {})
+
+
+def bare_loop(
+    prepared: Prepared, caches: Caches, device: torch.device, asked: argparse.Namespace
+) -> Callable[[int], None]:
+    """A function that does so many steps of the bare loop."""
+    import optimi
+    import torch
+    import torch.nn.functional as F
+    from diffusers import SanaTransformer2DModel
+
+    from sana_tune.run import batches_of
+
+    model: Any = SanaTransformer2DModel.from_pretrained(
+        prepared.folder, subfolder="transformer", torch_dtype=torch.float32
+    )
+    model.to(device).train()
+    if asked.recompute:
+        model.enable_gradient_checkpointing()
+    weights = list(model.parameters())
+    average = [weight.detach().clone() for weight in weights]
+    optimizer = optimi.AdamW(weights, RATE, betas=(0.9, 0.99), weight_decay=0.0, eps=1e-6)
+    batches = batches_of(prepared, caches)
+    ready = [batch for number in range(8) for _, batch in batches.load(number)]
+    data = [tuple(each.to(device) for each in (batch.latents, batch.text, batch.text_mask)) for batch in ready]
+    shift = prepared.plan.flow_shift
+
+    def steps(count: int) -> None:
+        for number in range(count):
+            x0, text, mask = data[number % len(data)]
+            sigma = torch.randn(len(x0), device=device).sigmoid()
+            sigma = shift * sigma / (1 + (shift - 1) * sigma)
+            noise, level = torch.randn_like(x0), sigma[:, None, None, None]
+            with torch.autocast(device.type, torch.bfloat16, enabled=asked.precision == "bf16"):
+                noised = (1 - level) * x0 + level * noise
+                predicted = model(noised, text, 1000 * sigma, encoder_attention_mask=mask, return_dict=False)[0]
+            loss = F.mse_loss(predicted.float(), noise - x0)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                torch._foreach_lerp_(average, weights, 1 - DECAY)
+            loss.item()
+
+    return steps
+
+
+def measure_steps(loaded: Loaded, asked: argparse.Namespace) -> Alternating:
+    """Both loops, in alternating blocks; the first block of each is for warming up and left out."""
+    import torch
+
+    from sana_tune import run
+    from sana_tune.log import console
+    from sana_tune.output import Output
+    from sana_tune.prepare import identity_of, prepare
+    from sana_tune.train.checkpoint import Checkpoints
+    from sana_tune.train.device import make_accelerator
+    from sana_tune.train.loop import fit
+    from sana_tune.train.signals import Stop
+    from sana_tune.train.validate import NoValidator
+    from sana_tune.watch.sinks import MetricsSink, Watcher, screen
+
+    output = Output.open(Path(loaded.config.train.output_dir))
+    prepared = prepare(loaded, output)
+    accelerator = make_accelerator(asked.device, asked.precision)
+    caches = run.open_caches(prepared)
+    with Watcher([screen(console()), MetricsSink(output.metrics_file)]) as watcher:
+        run.encode_texts(prepared, caches.text, accelerator.device, watcher)
+        run.encode_pictures(prepared, caches, accelerator.device, watcher)
+        wait = torch.cuda.synchronize if accelerator.device.type == "cuda" else lambda: None
+        bare = bare_loop(prepared, caches, accelerator.device, asked)
+        batches = Alternating(run.batches_of(prepared, caches), asked.block, bare, wait)
+        parts = run.build_parts(prepared, accelerator)
+        checkpoints = Checkpoints(output.root, 1, identity_of(loaded.config))
+        fit(prepared.plan, parts, batches, NoValidator(), checkpoints, watcher, Stop())
+    del batches.ours[0], batches.theirs[0]
+    return batches
+
+
+def measure_help() -> float:
+    """Seconds that `sana_tune --help` takes, the median of a few."""
+
+    def once() -> float:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "sana_tune", "--help"], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+        return time.perf_counter() - started
+
+    return statistics.median(once() for _ in range(HELP_TIMES))
+
+
+def measure_start(folder: Path) -> float:
+    """Seconds from the command to the first step, the caches warm."""
+    output = folder / "second"
+    metrics = output / "metrics.jsonl"
+    cache = ["--cache_dir", str(folder / "output" / "cache")]
+    command = [sys.executable, "-m", "sana_tune", "train", "--config", str(folder / "config.json"), *cache]
+    started = time.perf_counter()
+    run = subprocess.Popen(
+        [*command, "--max_train_steps", "1", "--output_dir", str(output)], stdout=subprocess.DEVNULL, cwd=ROOT
+    )
+    while not (metrics.exists() and metrics.read_text().endswith("\n")):
+        if run.poll() is not None:
+            break
+        time.sleep(0.005)
+    seconds = time.perf_counter() - started
+    if run.wait() != 0:
+        raise SystemExit("the run that was to show the start failed")
+    return seconds - json.loads(metrics.read_text())["step_s"]
+
+
+def tell_steps(found: Alternating, asked: argparse.Namespace) -> None:
+    """The medians and the ratio of neighbouring blocks, whose quartiles show how quiet the machine was."""
+    ratios = [ours / theirs for ours, theirs in zip(found.ours, found.theirs, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    ours, theirs = (1000 * statistics.median(times) for times in (found.ours, found.theirs))
+    print(f"step at batch {asked.batch}: sana_tune {ours:.1f} ms, bare loop {theirs:.1f} ms (medians)")
+    print(f"  ratio {middle:.3f} (quartiles {low:.3f} to {high:.3f}; {len(ratios)} pairs of {asked.block} steps)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time sana_tune beside a bare loop, its start and its help.")
+    parser.add_argument("--model", default="nano", help="nano, a folder or a hub id")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--resolution", type=int, help="px; default: the model's own")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--precision", default="no", choices=("no", "bf16"))
+    parser.add_argument("--recompute", action="store_true", help="gradient checkpointing of every block, in both loops")
+    parser.add_argument("--blocks", type=int, default=20, help="pairs of blocks, at least 2")
+    parser.add_argument("--block", type=int, default=10, help="steps in a block")
+    parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
+    parser.add_argument("--steps-only", action="store_true", help="leave out start and help")
+    asked = parser.parse_args()
+    if asked.threads:
+        os.environ["OMP_NUM_THREADS"] = str(asked.threads)  # before torch is loaded; the start is measured with it too
+    from sana_tune import log
+
+    log.quiet_libraries()
+    import torch
+
+    device = torch.cuda.get_device_name() if asked.device == "cuda" else platform.processor() or platform.machine()
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, precision {asked.precision}")
+    with tempfile.TemporaryDirectory(prefix="sana_tune-benchmark-") as place:
+        loaded = settings(Path(place), asked)
+        tell_steps(measure_steps(loaded, asked), asked)
+        if not asked.steps_only:
+            print(f"from the command to the first step, warm caches: {measure_start(Path(place)):.2f} s")
+            print(f"sana_tune --help: {measure_help():.2f} s (median of {HELP_TIMES})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,346 @@
+"""What a user can get wrong: each is told with a message that helps, exit code 1, no traceback, and nothing begun.
+
+A broken picture among good ones is no mistake: it is left out and named.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sana_tune.cli.main import exit_code
+from sana_tune.config import legacy
+from sana_tune.config.datasets import ImageDataset, TextDataset
+from sana_tune.config.load import load
+from sana_tune.config.schema import section_of
+from sana_tune.errors import UserError
+from tests.fixtures import cached_sana
+from tests.journeys.kit import SMALL, metrics_of, one_thread, pictures, small_run
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG, BACKENDS = "config.json", "multidatabackend.json"
+
+# What a run that was refused may leave in its folder: what it said, and what it knows of files now.
+TRACES = {"log.txt", "cache/files.jsonl", "cache/model_hashes.json"}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: three pictures, and a config that is right."""
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path / "pictures", 3)
+    small_run(tmp_path)
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---- changes to the right config ----
+
+Change = Callable[[Path], object]
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+def write(name: str, content: Any) -> Change:
+    text = content if isinstance(content, str) else json.dumps(content)
+    return lambda folder: (folder / name).write_text(text, encoding="utf-8")
+
+
+def edit(name: str = CONFIG, **changes: Any) -> Change:
+    """Set keys of config.json, or of the one dataset."""
+
+    def change(folder: Path) -> None:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        (content[0] if isinstance(content, list) else content).update(changes)
+        write(name, content)(folder)
+
+    return change
+
+
+def remove(pattern: str) -> Change:
+    return lambda folder: [path.unlink() for path in folder.glob(pattern)]
+
+
+def spoil(path: Path) -> None:
+    """A file that is no picture at all."""
+    path.write_bytes(b"\x89PNG but not for long")
+
+
+def cut(path: Path) -> None:
+    """A picture whose header is whole and whose body is not."""
+    path.write_bytes(path.read_bytes()[:-60])
+
+
+def each(pattern: str, change: Callable[[Path], None]) -> Change:
+    return lambda folder: [change(path) for path in folder.glob(pattern)]
+
+
+# what → (change, flags, what must be said)
+MISTAKES: dict[str, tuple[Change, str, tuple[str, ...]]] = {
+    # the config file
+    "no config": (remove(CONFIG), "", ("no config file", "config/config.json.example", "--example nano")),
+    "config not there": (nothing, "--config configs.json", ("--config", "configs.json does not")),
+    "no such environment": (nothing, "--env mine", ("config/mine/config.json must exist",)),
+    "no such example": (nothing, "--example nan", ("no example 'nan'", "known: nano")),
+    "JSON with a comment": (write(CONFIG, '{\n  // mine\n  "seed": 1\n}'), "", (f"{CONFIG}, line 2", "no comments")),
+    "JSON with a late comment": (write(CONFIG, '{\n"seed": 1, # mine\n"a": 2}'), "", ("line 2", "no comments")),
+    "JSON with a last comma": (write(CONFIG, '{"seed": 1,\n}'), "", (CONFIG, "remove the comma")),
+    "JSON cut short": (write(CONFIG, '{"seed": '), "", (CONFIG, "must be JSON")),
+    "a list for a config": (write(CONFIG, []), "", (CONFIG, "one JSON object", "data_backend_config")),
+    "no dataset file": (remove(BACKENDS), "", (BACKENDS, "data_backend_config", "must exist")),
+    "an object of datasets": (write(BACKENDS, {}), "", (BACKENDS, "a list of datasets")),
+    # keys and values
+    "typo in a key": (edit(validation_promt="x"), "", ("validation_promt", "did you mean validation_prompt?")),
+    "typo in a flag": (nothing, "--learning_rat 1e-5", ("learning_rat:", "did you mean learning_rate?")),
+    "typo in a dataset's key": (edit(BACKENDS, repeat=1), "", (f"{BACKENDS}: d0: repeat", "did you mean repeats?")),
+    "typo in a value": (edit(lr_scheduler="cosin"), "", ("lr_scheduler", "'cosin'", "did you mean 'cosine'?")),
+    "a word for a number": (nothing, "--max_train_steps many", ("max_train_steps", "integer; found 'many'")),
+    "a number out of range": (edit(learning_rate=-1), "", ("learning_rate", "greater than 0; found -1")),
+    "a flag without value": (nothing, "--max_train_steps", ("max_train_steps: needs a value; found none",)),
+    "a flag without value before another": (nothing, "--seed --max_train_steps 3", ("seed: needs a value",)),
+    "a stray word": (nothing, "tain", ("'tain' is no --key value",)),
+    "unknown optimizer": (nothing, "--optimizer adamw", ("optimizer", "did you mean 'torch-adamw'?", "optimi-adamw")),
+    "LoRA": (nothing, "--model_type lora", ("'lora' is not built yet", "use full")),
+    "several processes by a key": (edit(num_processes=2), "", ("num_processes: changes what is trained",)),
+    # the data
+    "no data folder": (lambda folder: (folder / "pictures").rename(folder / "p"), "", ("dataset d0", "does not exist")),
+    "an empty folder": (remove("pictures/*"), "", ("dataset d0", "no pictures (it is empty)", ".png")),
+    "captions alone": (remove("pictures/*.png"), "", ("dataset d0", "no pictures (3 other files)")),
+    "no captions": (remove("pictures/*.txt"), "", ("3 pictures have none", "p00.txt", "missing_caption", "skip")),
+    "one caption short": (remove("pictures/p01.txt"), "", ("1 picture has none", "p01.png")),
+    "all pictures broken": (each("pictures/*.png", spoil), "", ("all 3 pictures are left out", "p02.png")),
+    # the model
+    "no model": (edit(pretrained_model_name_or_path=""), "", ("pretrained_model_name_or_path: must be set",)),
+    "no model folder": (nothing, "--pretrained_model_name_or_path ./sana", ("no folder ./sana", "relative paths")),
+    "not a model": (nothing, "--pretrained_model_name_or_path pictures", ("model_index.json", "none of them")),
+    "a file for a model": (nothing, f"--pretrained_model_name_or_path {CONFIG}", (f"{CONFIG} is a file",)),
+    "hub id offline": (
+        nothing, "--pretrained_model_name_or_path maker/sana",
+        ("no folder of this name", "HF_HUB_OFFLINE", "maker/sana has not been downloaded"),
+    ),
+    "known hub id offline": (
+        nothing, "--pretrained_model_name_or_path Efficient-Large-Model/Sana_600M_512px_diffusers --resolution 512",
+        ("offline mode is on", "has not been downloaded"),
+    ),
+    "a revision of a folder": (nothing, "--revision main", ("nano is a folder",)),
+    # the output
+    "output below a file": (nothing, f"--output_dir {CONFIG}/out", (f"{CONFIG}/out", "can be written")),
+    "no such checkpoint": (nothing, "--resume_from_checkpoint checkpoint-9", ("checkpoint-9", "no such checkpoint")),
+    "an incomplete checkpoint": (
+        lambda folder: (folder / "output/checkpoint-9/transformer").mkdir(parents=True),
+        "--resume_from_checkpoint checkpoint-9", ("checkpoint-9", "not a complete checkpoint"),
+    ),
+    "too little disk": (
+        nothing, "--max_train_steps 100000000 --checkpoint_step_interval 1 --checkpoints_total_limit 0",
+        ("GB are free", "checkpoints_total_limit"),
+    ),
+    # validation
+    "size not drawable": (nothing, "--validation_resolution 100x64", ("validation_resolution", "32 px", "use 96x64")),
+    "size not readable": (nothing, "--validation_resolution large", ("validation_resolution", "1280x768")),
+    "no prompt library": (
+        nothing, "--validation_disable false --user_prompt_library mine.json", ("mine.json", "user_prompt_library")
+    ),
+    "a list for a prompt library": (
+        nothing, f"--validation_disable false --user_prompt_library {BACKENDS}", (BACKENDS, '{"nickname": "prompt"')
+    ),
+    "an empty prompt": (
+        write("mine.json", {"a": "x", "b": " ", "c": 1}),
+        "--validation_disable false --user_prompt_library mine.json", ("mine.json: b", "mine.json: c", "not empty"),
+    ),
+    # several
+    "several in the files": (
+        lambda folder: (edit(optimizr="x", seed=-1)(folder), edit(BACKENDS, crop_style="centr")(folder)),
+        "--lr_scheduler li", ("4 things are wrong", "optimizr", "seed", "lr_scheduler", "crop_style", "'center'"),
+    ),
+    "several in what they name": (
+        edit(BACKENDS, instance_data_dir="nowhere"),
+        "--resume_from_checkpoint none-such --pretrained_model_name_or_path ./sana --validation_disable false "
+        "--user_prompt_library mine.json",
+        ("4 things are wrong", "none-such", "no folder ./sana", "nowhere: the folder does not exist", "mine.json"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_and_nothing_is_begun(mistake, place, capsys):
+    change, flags, expected = MISTAKES[mistake]
+    change(place)
+    before = contents(place)
+    code = exit_code(["train", *flags.split()])  # the config is found in the working directory
+    said = capsys.readouterr()
+    assert code == 1, said.out + said.err
+    assert "error: " in said.err and "Traceback" not in said.out + said.err
+    for part in expected:
+        assert part in said.err
+    after = contents(place)
+    assert {name: after[name] for name in before} == before
+    assert {name.removeprefix("output/") for name in after.keys() - before.keys()} <= TRACES
+
+
+@pytest.mark.parametrize("name", ["TRAINING_NUM_PROCESSES", "TRAINING_NUM_MACHINES"])
+@pytest.mark.parametrize("number", ["2", "many"])
+def test_several_processes_are_refused(name, number, place, monkeypatch, capsys):
+    monkeypatch.setenv(name, number)
+    before = contents(place)
+    assert exit_code(["train"]) == 1
+    said = capsys.readouterr().err
+    assert f"{name}: training runs in one process for now; found {number}" in said
+    assert contents(place) == before
+
+
+def test_a_mistake_is_told_by_a_program_that_never_loaded_torch(place):
+    """As users start it: one that shows before the run's folder is made, and one of the last to be found."""
+    begin = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from sana_tune.cli.main import exit_code; "
+    code = begin + "code = exit_code(sys.argv[1:]); print('torch' in sys.modules); sys.exit(code)"
+    for flags, expected in ((["--optimizer", "adam"], "no optimizer"), (["--max_train_steps", "1000000000"], "free")):
+        flags = [*flags, "--checkpoint_step_interval", "1", "--checkpoints_total_limit", "0"]
+        ran = subprocess.run([sys.executable, "-c", code, "train", *flags], capture_output=True, text=True, cwd=place)
+        assert ran.returncode == 1 and expected in ran.stderr and "Traceback" not in ran.stderr
+        assert ran.stdout.splitlines()[-1] == "False"
+
+
+# ---- any value of any key ----
+
+ODD = ([], {}, [1], [None], {"a": 1}, True, "", "x", -1, 0, 1.5, 10**400, float("nan"), "nan", "\0", "long" * 2000)
+
+
+def test_no_value_of_any_key_ends_in_a_traceback(place):
+    """A wrong value is refused or passes for a right one; nothing else happens."""
+    foreign = sorted(legacy.known_foreign_keys())
+    datasets = {*ImageDataset.model_fields, *TextDataset.model_fields}
+    refused: list[str] = []
+    for file, keys in ((CONFIG, section_of()), (BACKENDS, datasets)):
+        right = (place / file).read_text(encoding="utf-8")
+        for value in ODD:
+            for changes in (dict.fromkeys(foreign, value), *({key: value} for key in sorted(keys))):
+                write(file, right)(place)
+                edit(file, **changes)(place)
+                try:
+                    load(place / CONFIG, {}, {})
+                except UserError as error:
+                    assert file in str(error) or any(key in str(error) for key in changes)
+                    refused.append(str(error))
+        write(file, right)(place)
+    assert len(refused) > 500
+    load(place / CONFIG, {}, {})
+
+
+# ---- a run that stands ----
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of one step on nano."""
+    folder = tmp_path_factory.mktemp("trained")
+    pictures(folder / "pictures", 3)
+    small_run(folder, max_train_steps=1)
+    assert exit_code(["train", "--config", str(folder / CONFIG)]) == 0
+    return folder
+
+
+@pytest.fixture
+def standing(place: Path, trained: Path) -> Path:
+    """A copy of the finished run in the working directory."""
+    shutil.copytree(trained / "output", place / "output")
+    return place
+
+
+OTHER_RUNS = {
+    "optimizer": "torch-adamw",
+    "weights_dtype": "bf16",
+    "pretrained_model_name_or_path": "tiny",
+}
+
+
+@pytest.mark.parametrize("key", OTHER_RUNS)
+def test_a_checkpoint_of_another_run_is_refused_before_anything_heavy(key, standing, capsys):
+    value = OTHER_RUNS[key]
+    if value == "tiny":
+        value = str(cached_sana())
+    before = contents(standing)
+    assert exit_code(["train", f"--{key}", value, "--cache_dir", "fresh"]) == 1
+    said = capsys.readouterr().err
+    assert "checkpoint-1: trained with" in said and "output_dir" in said and "--restart" in said
+    assert not (standing / "fresh").exists()
+    assert changed(before, contents(standing)) == set()
+    assert exit_code(["train", f"--{key}", value, "--resume_from_checkpoint", "checkpoint-7"]) == 1
+    assert "checkpoint-7: there is no such checkpoint" in (said := capsys.readouterr().err) and "checkpoint-1" in said
+
+
+@pytest.mark.parametrize("flags", ["--restart --user_prompt_library mine.json --validation_disable false", "--seed x"])
+def test_a_mistake_leaves_the_run_before_it_as_it_was(flags, standing, capsys):
+    before = contents(standing)
+    assert exit_code(["train", *flags.split()]) == 1
+    assert changed(before, contents(standing)) == set()
+
+
+def changed(before: dict[str, bytes], after: dict[str, bytes]) -> set[str]:
+    """The files that came, went or are not what they were, but for the traces of a run that was refused."""
+    names = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    return {name for name in names if name.removeprefix("output/") not in TRACES}
+
+
+# ---- pictures that cannot be read ----
+
+
+def ledger_of(output: Path) -> dict[str, Any]:
+    (entry,) = json.loads((output / "ledger.json").read_text(encoding="utf-8"))["datasets"]
+    assert entry["found"] == entry["trained"] + len(entry["left_out"])
+    return entry
+
+
+def test_broken_pictures_among_good_ones_are_left_out_and_named(tmp_path, capsys):
+    """One without a header, one without its end: the others are trained, now and when the run goes on."""
+    pictures(tmp_path / "pictures", 5)
+    spoil(tmp_path / "pictures/p01.png")
+    cut(tmp_path / "pictures/p03.png")
+    small_run(tmp_path, max_train_steps=2)
+    before = contents(tmp_path / "pictures")
+    for steps in (2, 3):
+        assert exit_code(["train", "--config", str(tmp_path / CONFIG), "--max_train_steps", str(steps)]) == 0
+        said = capsys.readouterr().out
+        assert "p01.png (is not a picture" in said and "p03.png (is damaged" in said
+        ledger = ledger_of(tmp_path / "output")
+        assert (ledger["found"], ledger["trained"]) == (5, 3)
+        assert [name for name, _ in ledger["left_out"]] == ["p01.png", "p03.png"]
+        plan = json.loads((tmp_path / "output/plan.json").read_text(encoding="utf-8"))
+        assert [bucket["pictures"] for bucket in plan["buckets"]] == [3]
+        assert [line["step"] for line in metrics_of(tmp_path / "output")] == list(range(1, steps + 1))
+    assert contents(tmp_path / "pictures") == before
+
+
+def test_pictures_that_all_lack_their_end_are_told(place, capsys):
+    """Their headers are fine, so that it takes the VAE's turn to see it."""
+    each("pictures/*.png", cut)(place)
+    assert exit_code(["train"]) == 1
+    said = capsys.readouterr()
+    assert "not one of 3 pictures could be encoded" in said.err and "ledger.json" in said.err
+    assert "p00.png (is damaged" in said.out
+    ledger = ledger_of(place / "output")
+    assert ledger["trained"] == 0 and [name for name, _ in ledger["left_out"]] == ["p00.png", "p01.png", "p02.png"]
+    assert not list((place / "output").glob("checkpoint-*")) and not (place / "output/pipeline").exists()
+    assert not list((place / "output/cache/vae").rglob("*.safetensors"))
+
+
+def test_the_right_config_is_right(place, capsys):
+    """What every mistake above was made in trains."""
+    assert exit_code(["train", "--max_train_steps", "1"]) == 0, capsys.readouterr().err
+    assert len(metrics_of(place / "output")) == 1 and SMALL["max_train_steps"] > 1
