@@ -164,6 +164,7 @@ def _own_key(key: str, value: Any, where: str, ours: Sequence[str], findings: _F
 
 def _unknown(key: str, where: str, ours: Sequence[str]) -> Problem:
     """A key that nobody knows, or one of the other file."""
+    key = legacy.RENAMED.get(key, key)
     if key in section_of():
         return Problem(where, "is a setting of config.json, not of a dataset", "move it there")
     if any(key in kind.model_fields for kind in DATASET_KINDS.values()):

@@ -53,6 +53,8 @@ def test_what_is_not_there_is_told(arguments: tuple, expected: str, tmp_path: Pa
     [
         (b'{"a": 1, // why\n "b": 2}', "JSON has no comments"),
         (b'{\n  # why\n  "a": 1}', "JSON has no comments"),
+        (b'{"a": 1, # why\n "b": 2}', "JSON has no comments"),
+        (b'{"a": 1 /* why */}', "JSON has no comments"),
         (b'{"a": 1,\n}', "remove the comma"),
         (b'{"a": 1, "a": 2}', "stands twice"),
         (b'{"a": ', "must be JSON"),

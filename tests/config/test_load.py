@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sana_tune.config.files import examples_dir
 from sana_tune.config.load import load, parse_overrides
 from sana_tune.errors import UserError
 from tests.config.helpers import load_with, problems_of, write_files
@@ -73,6 +74,8 @@ MISTAKES = {
     "unknown key": ({"train_batchsize": 2}, {}, "did you mean train_batch_size?"),
     "dataset's unknown key": ({}, {"instance_dir": "x"}, "there is no such setting"),
     "dataset key in config.json": ({"crop": True}, {}, "multidatabackend.json"),
+    "renamed dataset key in config.json": ({"is_regularization_data": True}, {}, "multidatabackend.json"),
+    "renamed config key in a dataset": ({}, {"checkpointing_steps": 5}, "is a setting of config.json"),
     "config key in a dataset": ({}, {"learning_rate": 1e-4}, "config.json"),
     "word for number": ({"train_batch_size": "four"}, {}, "valid integer; found 'four'"),
     "fraction for whole": ({"train_batch_size": 1.5}, {}, "found 1.5"),
@@ -137,6 +140,21 @@ def test_ids_must_be_unique_and_lists_be_lists(tmp_path: Path) -> None:
     (tmp_path / "multidatabackend.json").write_text(json.dumps(entry))
     with pytest.raises(UserError, match="must be a list of datasets"):
         load(path, {}, environ={})
+
+
+def test_a_flag_without_a_value_is_told_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as told:
+        load(write_files(tmp_path), parse_overrides(["--validation_prompt", "--max_train_steps"]), environ={})
+    said = [str(problem).splitlines()[0] for problem in told.value.problems]
+    assert said == [
+        f"command line: {key}: needs a value; found none" for key in ("max_train_steps", "validation_prompt")
+    ]
+
+
+def test_the_pictures_of_an_example_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = load(examples_dir() / "nano" / "config.json", {}, {}).datasets[0].instance_data_dir
+    assert Path(folder) == examples_dir() / "nano" / "pictures"
 
 
 def test_overrides_in_all_their_forms() -> None:

@@ -316,27 +316,29 @@ def test_published_shapes_train_resume_and_export(kind, tmp_path):
 def test_bf16_weights_move_at_a_small_rate(model, tmp_path):
     folder = model()
     exact = SanaTransformer2DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32)
+    # Clipping is off: it scales the smallest gradients down below eps, where no precision moves a weight.
     asked = {"pretrained_model_name_or_path": str(folder), "weights_dtype": "bf16", "learning_rate": 1e-5}
+    asked |= {"max_grad_norm": 0, "max_train_steps": 8}
     drawing = {"validation_prompt": "a red star", "validation_num_inference_steps": 2, "disable_benchmark": True}
     pictures(tmp_path / "pictures", 4, (64, 64))
     heard = Heard()
     run(small_run(tmp_path, **asked, **drawing, resolution=64, validation_disable=False), sinks=[heard])
     output = tmp_path / "output"
 
-    state = state_of(output / "checkpoint-4")
+    state = state_of(output / "checkpoint-8")
     moved, total, rounded = 0, 0, 0
     for number, (name, weight) in enumerate(exact.named_parameters()):
         now, compensation = state[f"transformer/{name}"], state[f"optimizer/state/{number}/kahan_comp"]
         assert now.dtype == compensation.dtype == torch.bfloat16
         before = weight.detach().bfloat16()
         kept = (weight.detach() - before.float()).bfloat16()  # what a bf16 pair can hold of the fp32 weight
-        assert (now.double() + compensation.double() - weight.double()).abs().max() < 8e-5, "never rounded off"
+        assert (now.double() + compensation.double() - weight.double()).abs().max() < 2e-4, "not rounded off"
         moved += (now.double() + compensation.double() != before.double() + kept.double()).sum().item()
         rounded += (now != before).sum().item()
         total += now.numel()
     assert moved / total >= 0.99
-    assert left_where_they_were(exact, steps=4) > 0.7, "what rounding alone would do"
-    assert rounded / total < 0.3, "the movement is in the compensation at first"
+    assert left_where_they_were(exact, steps=8) > 0.7, "what rounding alone would do"
+    assert rounded / total < 0.5, "the movement is in the compensation at first"
 
     (validated,) = heard.of(Validated)[-1:]
     assert not validated.failed and len(validated.files) == 1
@@ -359,7 +361,6 @@ def left_where_they_were(exact: SanaTransformer2DModel, steps: int) -> float:
         text = torch.randn(2, 6, model.config["caption_channels"]).bfloat16()
         predicted = model(x, encoder_hidden_states=text, timestep=torch.tensor([300.0, 700.0])).sample
         (predicted - torch.randn_like(x)).pow(2).mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
         optimizer.zero_grad()
     pairs = list(zip(start, model.parameters(), strict=True))

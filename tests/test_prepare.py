@@ -1,0 +1,169 @@
+"""What is known before anything heavy: checks in the order of their cost, the plan's numbers, and what is told."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sana_tune.config.load import Loaded, load
+from sana_tune.data.geometry import Size
+from sana_tune.errors import UserError
+from sana_tune.log import log
+from sana_tune.output import Output
+from sana_tune.prepare import Prepared, drawing_sizes, finished_already, identity_of, prepare, tell, write_down
+from sana_tune.progress import Progress
+from sana_tune.train import folders
+from tests.config.helpers import write_files
+from tests.data.pictures import put
+
+KNOWN = "Efficient-Large-Model/Sana_600M_512px_diffusers"
+
+
+@pytest.fixture(autouse=True)
+def _heard(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """caplog hears the package, whatever a run before this test did to its logger."""
+    log.addHandler(caplog.handler)
+    with caplog.at_level(logging.DEBUG, log.name):
+        yield
+    log.removeHandler(caplog.handler)
+
+
+def asked(folder: Path, dataset: dict[str, Any] | None = None, captions: str = "abb", **settings: Any) -> Loaded:
+    """A run on nano over one picture a letter, captioned with the letter."""
+    for number, caption in enumerate(captions):
+        put(folder / "pictures", f"{number}.png", 64, 64, seed=number, caption=caption)
+    wanted = {"caption_strategy": "textfile", "max_train_steps": 4, **settings}
+    return load(write_files(folder, wanted, dataset), {}, {})
+
+
+def prepared(folder: Path, **settings: Any) -> Prepared:
+    return prepare(asked(folder, **settings), Output.open(folder / "output"))
+
+
+def checkpoint(output: Path, step: int, identity: dict[str, str]) -> None:
+    """A complete checkpoint that holds nothing but its position."""
+    folder = output / folders.folder_name(step)
+    folder.mkdir(parents=True)
+    header = {**Progress(step, step / 3, 2 * step).to_json(), "run": identity}
+    (folder / folders.PROGRESS).write_text(json.dumps(header))
+    files = folders.digest_files(folder, [folders.PROGRESS])
+    (folder / folders.MANIFEST).write_text(json.dumps({"step": step, "serial": step, "files": files}))
+
+
+def test_everything_is_known_and_nothing_written_but_what_is_remembered(tmp_path):
+    found = prepared(tmp_path, train_batch_size=2, use_ema=True)
+    assert {path.name for path in (tmp_path / "output").rglob("*") if path.is_file()} == {
+        "files.jsonl",
+        "model_hashes.json",
+    }
+    assert [record.key for record in found.survey.records] == ["0.png", "1.png", "2.png"]
+    assert [bucket.size for bucket in found.buckets] == [Size(64, 64)] and found.checkpoint is None
+    assert (found.plan.total_steps, found.plan.first_step, found.plan.micro_batches_per_epoch) == (4, 0, 2)
+    copied = sum(path.stat().st_size for part in ("vae", "text_encoder") for path in (found.folder / part).iterdir())
+    assert found.plan.disk_needed_bytes > found.facts.parameters * 4 * (4 + 2) + copied
+
+
+def test_equal_texts_are_needed_once_and_prompts_are_texts_too(tmp_path):
+    found = prepared(tmp_path, validation_prompt=" B ", validation_negative_prompt=" Ugly ", captions="abbc")
+    assert list(found.captions.values()) == ["", "a", "b", "c"] and found.prompts == {"validation": "b"}
+    assert found.negative == "ugly"
+    assert found.keys.text("b") != found.plain_keys.text("b"), "a negative prompt never has the instruction"
+    text, latents = found.plan.caches
+    assert (text.needed, text.hits, latents.needed, latents.hits) == (4, 0, 4, 0)
+    assert latents.bytes_to_make == 4 * 8 * 8 * found.facts.latent_channels * 4
+    kept = prepared(tmp_path, validation_prompt=" B ", prompt_case="keep", captions="abbc")
+    assert list(kept.captions.values()) == ["", "a", "b", "c", "B"]
+    assert prepared(tmp_path, validation_prompt="z", validation_disable=True).prompts == {}
+
+
+def test_all_cheap_problems_come_at_once_and_before_the_pictures_are_read(tmp_path):
+    settings = {"resume_from_checkpoint": "none", "user_prompt_library": "none.json", "validation_resolution": "33"}
+    loaded = asked(tmp_path, {"instance_data_dir": str(tmp_path / "nowhere")}, **settings)
+    with pytest.raises(UserError) as caught:
+        prepare(loaded, Output.open(tmp_path / "output"))
+    places = [problem.where.split(" ")[0] for problem in caught.value.problems]
+    assert places == ["resume_from_checkpoint", "none.json", "dataset", "validation_resolution"]
+    assert list((tmp_path / "output").rglob("*")) == []
+
+
+@pytest.mark.parametrize("name, expected", [(KNOWN, "every picture needs a caption"), ("maker/sana", "offline mode")])
+def test_the_pictures_of_a_known_model_are_looked_at_before_a_download(name, expected, tmp_path):
+    loaded = asked(tmp_path, pretrained_model_name_or_path=name, resolution=512)
+    (tmp_path / "pictures" / "1.txt").unlink()
+    with pytest.raises(UserError, match=expected):
+        prepare(loaded, Output.open(tmp_path / "output"))
+
+
+def test_buckets_must_fit_the_vae(tmp_path):
+    with pytest.raises(UserError, match="multiple of the VAE's factor 8; found 12"):
+        prepared(tmp_path, aspect_bucket_alignment=12)
+    assert prepared(tmp_path, aspect_bucket_alignment=64).buckets[0].size == Size(64, 64)
+
+
+def test_pictures_are_drawn_at_the_size_asked_for_or_the_models(tmp_path):
+    found = prepared(tmp_path)
+    assert drawing_sizes(found.config, found.facts) == [(64, 64)]
+    found = prepared(tmp_path, validation_resolution="96x64,32")
+    assert drawing_sizes(found.config, found.facts) == [(96, 64), (32, 32)]
+    with pytest.raises(UserError) as caught:
+        prepared(tmp_path, validation_resolution="96x50,64,40")
+    assert [problem.fix for problem in caught.value.problems] == ["use 96x64", "use 32x32"]
+
+
+def test_a_run_goes_on_from_its_own_checkpoint_alone(tmp_path):
+    loaded = asked(tmp_path)
+    checkpoint(tmp_path / "output", 3, identity_of(loaded.config))
+    assert prepared(tmp_path).plan.first_step == 3
+    assert prepared(tmp_path, resume_from_checkpoint="").plan.first_step == 0
+    assert prepare(loaded, Output.open(tmp_path / "output"), fresh=True).plan.first_step == 0
+    others = {"optimizer": "torch-adamw", "weights_dtype": "bf16", "pretrained_model_name_or_path": KNOWN}
+    for key, value in others.items():
+        with pytest.raises(UserError, match="checkpoint-3: trained with"):
+            prepared(tmp_path, **{key: value})
+
+
+def test_what_is_told_and_written_down(tmp_path, caplog):
+    found = prepare(asked(tmp_path), Output.open(tmp_path / "output"), ["a note"])
+    tell(found)
+    for part in ("Model: nano", "3 pictures found = 3 trained + 0 left out", "Licence: ", "a note", "Length: 4 steps"):
+        assert part in caplog.text
+    write_down(found)
+    output = tmp_path / "output"
+    assert json.loads((output / "ledger.json").read_text()) == json.loads(json.dumps(found.survey.ledger.to_json()))
+    assert json.loads((output / "plan.json").read_text()) == json.loads(json.dumps(found.plan.to_json()))
+    assert json.loads((output / "config.json").read_text())["max_train_steps"] == 4
+
+
+def test_too_little_room_is_told_unless_the_run_is_over(tmp_path):
+    huge = {"max_train_steps": 10**9, "checkpoint_step_interval": 1, "checkpoints_total_limit": 0}
+    loaded = asked(tmp_path, **huge)
+    with pytest.raises(UserError, match="GB are free"):
+        tell(prepared(tmp_path, **huge))
+    checkpoint(tmp_path / "output", 10**9, identity_of(loaded.config))
+    tell(prepared(tmp_path, **huge))
+
+
+def test_going_on_says_from_where_and_whether_the_pictures_changed(tmp_path, caplog):
+    loaded = asked(tmp_path)
+    write_down(prepared(tmp_path))
+    checkpoint(tmp_path / "output", 2, identity_of(loaded.config))
+    tell(prepared(tmp_path))
+    assert "Resuming from step 2" in caplog.text and "the order from here on" not in caplog.text
+    tell(prepared(tmp_path, captions="abcd"))
+    assert "the order from here on is the new plan's" in caplog.text
+
+
+def test_a_finished_run_is_known_and_says_how_to_go_on(tmp_path, caplog):
+    loaded = asked(tmp_path)
+    assert finished_already(prepared(tmp_path)) is None
+    checkpoint(tmp_path / "output", 4, identity_of(loaded.config))
+    assert finished_already(prepared(tmp_path)) is None, "its pipeline is still to be written"
+    (tmp_path / "output" / "pipeline").mkdir()
+    assert finished_already(prepared(tmp_path)) == Progress(4, 4 / 3, 8)
+    assert "raise max_train_steps" in caplog.text and "--restart" in caplog.text
+    assert finished_already(prepared(tmp_path, max_train_steps=5)) is None
