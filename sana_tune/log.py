@@ -43,8 +43,6 @@ _QUIET_ENVIRONMENT = {
 
 _STYLES = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
 
-_STYLES = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
-
 _console: Console | None = None
 
 

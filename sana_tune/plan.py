@@ -97,12 +97,17 @@ def total_steps(config: Config, micro_batches_per_epoch: int, micro_batches_per_
     return steps or by_epochs
 
 
-def flow_shift_of(config: Config, facts: ModelFacts, size: Size) -> float:
-    """Flow shift of a bucket: the one asked for, else the model's, grown with the tokens when auto shift is on."""
+def base_shift(config: Config, facts: ModelFacts) -> float:
+    """Flow shift of the run: the one asked for, else the model's, from which auto shift always starts."""
     asked, auto = config.flow.flow_schedule_shift, config.flow.flow_schedule_auto_shift
-    start = facts.flow_shift if auto or asked is None else asked
+    return facts.flow_shift if auto or asked is None else asked
+
+
+def flow_shift_of(config: Config, facts: ModelFacts, size: Size) -> float:
+    """Flow shift of a bucket: the run's, grown with the tokens when auto shift is on."""
     tokens = (size.width // facts.vae_factor) * (size.height // facts.vae_factor)
-    return shift_for(start, tokens, facts.native_tokens, facts.scheduler, auto=auto)
+    auto = config.flow.flow_schedule_auto_shift
+    return shift_for(base_shift(config, facts), tokens, facts.native_tokens, facts.scheduler, auto=auto)
 
 
 def make_plan(
@@ -143,7 +148,7 @@ def make_plan(
         caches=tuple(caches),
         disk_needed_bytes=disk_needed(config, facts, steps, caches) + other_model_bytes,
         disk_free_bytes=disk_free_bytes,
-        flow_shift=config.flow.flow_schedule_shift or facts.flow_shift,
+        flow_shift=base_shift(config, facts),
         notes=tuple(dict.fromkeys((*notes, *_notes(config, facts)))),
     )
 

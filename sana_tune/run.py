@@ -255,8 +255,7 @@ def build_parts(prepared: Prepared, accelerator: Accelerator) -> Parts:
 
     config, facts, wanted = prepared.config, prepared.facts, prepared.config.optimizer
     transformer, optimizer = transformer_and_optimizer(prepared, accelerator.device)
-    auto, asked = config.flow.flow_schedule_auto_shift, config.flow.flow_schedule_shift
-    shift = facts.flow_shift if auto or asked is None else asked
+    auto, shift = config.flow.flow_schedule_auto_shift, prepared.plan.flow_shift
     ema: Ema | NoEma = NoEma()
     if config.ema.use_ema:
         ema = Ema(transformer.named_parameters(), config.ema.ema_decay, config.ema.ema_update_interval)

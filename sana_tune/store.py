@@ -38,7 +38,8 @@ class FolderStore:
         """UserError when there is no such folder."""
         if not os.path.isdir(self.root):
             found = "is not a folder" if os.path.exists(self.root) else "does not exist"
-            raise UserError(Problem(str(self.root), f"the folder {found}", "name an existing folder"))
+            looked = "" if self.root.is_absolute() else f" (looked in {os.getcwd()})"
+            raise UserError(Problem(str(self.root), f"the folder {found}{looked}", "name an existing folder"))
 
     def list(self) -> Iterator[Entry]:
         """Every file, sorted by key. UserError when the folder is missing or a part of it cannot be read."""

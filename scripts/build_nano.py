@@ -25,6 +25,7 @@ from scripts.nano import draw  # noqa: E402  (the path must be set first)
 
 MODEL = ROOT / "sana_tune" / "assets" / "nano" / "model"
 EXAMPLE = ROOT / "config" / "examples" / "nano" / "pictures"
+KNOWN = EXAMPLE.parent / "known"
 HELDOUT = ROOT / "tests" / "data" / f"{draw.NEW_FIGURE}_heldout"
 PICTURES = 12_000
 
@@ -124,10 +125,12 @@ def train_transformer(work: Path, out: Path, steps: int, seed: int) -> None:
 
 
 def draw_example(seed: int) -> None:
-    """The example's 24 pictures and 12 held-out ones of the figure that nano does not know."""
-    for folder, scenes in ((EXAMPLE, draw.example_scenes()), (HELDOUT, draw.heldout_scenes())):
+    """The example's 24 pictures and 12 held-out ones of the figure that nano does not know, and 36 of known ones."""
+    new = f"{draw.NEW_FIGURE}_"
+    sets = ((EXAMPLE, draw.example_scenes(), new), (HELDOUT, draw.heldout_scenes(), new), (KNOWN, draw.known_scenes(), ""))
+    for folder, scenes, prefix in sets:
         shutil.rmtree(folder, ignore_errors=True)
-        draw.write_pictures(folder, scenes, f"{draw.NEW_FIGURE}_")
+        draw.write_pictures(folder, scenes, prefix)
         print(f"{len(scenes)} pictures: {folder}", flush=True)
 
 

@@ -19,7 +19,7 @@ from scripts.nano import draw
 Floats = NDArray[np.float64]
 OLD_FIGURES = draw.FIGURES
 TAUGHT_FIGURES = (*draw.FIGURES, draw.NEW_FIGURE)
-MIN_OVERLAP = 0.72  # below it, the figure is "none": a blob must not count as its nearest template
+MIN_OVERLAP = 0.6  # below it, the figure is "none": a blob must not count as its nearest template
 MIN_SHARE = 0.02  # of the picture; smaller specks are not a figure
 FAR_FROM_GROUND = 55.0  # RGB distance; the palette's closest pair is more than twice as far apart
 TEMPLATE_PX = 128

@@ -82,6 +82,7 @@ def test_the_shift_is_the_models_the_users_or_grows_with_the_bucket(tmp_path, fa
     auto = plan(tmp_path, facts, flow_schedule_auto_shift=True, flow_schedule_shift=2.5)
     assert auto.shift_of(512, 512) == facts.flow_shift
     assert auto.shift_of(384, 640) == pytest.approx(facts.flow_shift * math.sqrt(12 * 20 / 16**2), abs=1e-4)
+    assert auto.flow_shift == facts.flow_shift, "the run's shift is told as it is used"
     assert any("flow_schedule_shift is not used" in note for note in auto.notes)
     with pytest.raises(KeyError, match="64x64"):
         auto.shift_of(64, 64)

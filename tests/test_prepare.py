@@ -15,12 +15,22 @@ from sana_tune.data.geometry import Size
 from sana_tune.errors import UserError
 from sana_tune.log import log
 from sana_tune.output import Output
-from sana_tune.prepare import Prepared, drawing_sizes, finished_already, identity_of, prepare, tell, write_down
+from sana_tune.prepare import (
+    Prepared,
+    drawing_sizes,
+    finished_already,
+    identity_of,
+    prepare,
+    tell,
+    write_down,
+    write_down_export,
+)
 from sana_tune.progress import Progress
 from sana_tune.train import folders
 from tests.config.helpers import write_files
 from tests.data.pictures import put
 
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 KNOWN = "Efficient-Large-Model/Sana_600M_512px_diffusers"
 
 
@@ -46,12 +56,13 @@ def prepared(folder: Path, **settings: Any) -> Prepared:
 
 
 def checkpoint(output: Path, step: int, identity: dict[str, str]) -> None:
-    """A complete checkpoint that holds nothing but its position."""
+    """A complete checkpoint of no weights to speak of."""
     folder = output / folders.folder_name(step)
-    folder.mkdir(parents=True)
+    (folder / "transformer").mkdir(parents=True)
+    (folder / WEIGHTS).write_text(f"weights of step {step}")
     header = {**Progress(step, step / 3, 2 * step).to_json(), "run": identity}
     (folder / folders.PROGRESS).write_text(json.dumps(header))
-    files = folders.digest_files(folder, [folders.PROGRESS])
+    files = folders.digest_files(folder, [folders.PROGRESS, WEIGHTS])
     (folder / folders.MANIFEST).write_text(json.dumps({"step": step, "serial": step, "files": files}))
 
 
@@ -163,7 +174,12 @@ def test_a_finished_run_is_known_and_says_how_to_go_on(tmp_path, caplog):
     assert finished_already(prepared(tmp_path)) is None
     checkpoint(tmp_path / "output", 4, identity_of(loaded.config))
     assert finished_already(prepared(tmp_path)) is None, "its pipeline is still to be written"
-    (tmp_path / "output" / "pipeline").mkdir()
+    output = Output.open(tmp_path / "output")
+    output.pipeline.mkdir()
+    assert finished_already(prepared(tmp_path)) is None, "it is the pipeline of nobody knows what"
+    write_down_export(output, Progress(4))
     assert finished_already(prepared(tmp_path)) == Progress(4, 4 / 3, 8)
     assert "raise max_train_steps" in caplog.text and "--restart" in caplog.text
     assert finished_already(prepared(tmp_path, max_train_steps=5)) is None
+    checkpoint(tmp_path / "output", 5, identity_of(loaded.config))
+    assert finished_already(prepared(tmp_path, max_train_steps=5)) is None, "it is an older checkpoint's pipeline"

@@ -121,7 +121,8 @@ def read_json(path: Path, what: str) -> Any:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise UserError(Problem(str(path), f"the {what} must exist and does not", "check the path")) from None
+        looked = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
+        raise UserError(Problem(str(path), f"the {what} must exist and does not{looked}", "check the path")) from None
     except UnicodeDecodeError as error:
         raise UserError(
             Problem(str(path), f"the {what} must be UTF-8 text; byte {error.start} is not", "save it as UTF-8")

@@ -172,6 +172,11 @@ def example_scenes() -> list[Scene]:
     return [random_scene(rng, (NEW_FIGURE,), size, pair) for size, pair in zip(sizes, pairs, strict=True)]
 
 
+def known_scenes() -> list[Scene]:
+    """The 36 pictures of figures that nano knows: they keep it from forgetting them while it learns the new one."""
+    return list(random_scenes(36, seed=77))
+
+
 def heldout_scenes() -> list[Scene]:
     """12 pictures of the new figure, 64 px, other places and colour pairs than the example's."""
     rng = np.random.default_rng(12)

@@ -178,6 +178,7 @@ class Child:
         self.log = log
         self._status: int | None = None
         self._born_s = time.monotonic()
+        log.parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
             # Python 3.12 warns of forks beside threads. Those of torch and tokenizers are idle here, and the child
             # starts none of its own in torch.
@@ -235,7 +236,7 @@ class Child:
             raise AssertionError(f"{timeout_s} s were not enough\n{self}")
         time.sleep(0.0005)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else "(no output)"
 
 
