@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from sana_tune.config.load import Loaded
 from sana_tune.config.schema import Config
@@ -252,14 +253,18 @@ def tell(prepared: Prepared) -> None:
         log.warning("%s", note)
     if prepared.checkpoint is not None:
         log.info("Resuming from step %d (%s)", plan.first_step, prepared.checkpoint.path)
-        before, now = prepared.output.read_json("plan.json"), json.loads(json.dumps(plan.to_json()))
-        if before and any(before.get(key) != now[key] for key in ("buckets", "micro_batches_per_step")):
-            log.warning("the pictures or batch settings changed since then: the order from here on is the new plan's")
     if plan.disk_needed_bytes > plan.disk_free_bytes and plan.first_step < plan.total_steps:
         what = (
             f"the run writes about {plan.disk_needed_bytes / 1e9:.1f} GB; {plan.disk_free_bytes / 1e9:.1f} GB are free"
         )
         raise UserError(Problem(str(prepared.output.root), what, "make room, or lower checkpoints_total_limit"))
+
+
+def tell_changes(before: Mapping[str, Any], prepared: Prepared) -> None:
+    """Say when a resumed run goes on with other pictures or batches than the plan `before` (plan.json) had."""
+    now = json.loads(json.dumps(prepared.plan.to_json()))
+    if before and any(before.get(key) != now[key] for key in ("buckets", "micro_batches_per_step")):
+        log.warning("the pictures or batch settings changed since then: the order from here on is the new plan's")
 
 
 def write_down(prepared: Prepared) -> None:

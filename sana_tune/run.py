@@ -26,6 +26,7 @@ from sana_tune.prepare import (
     plan_of,
     prepare,
     tell,
+    tell_changes,
     weights_dtype,
     write_down,
     write_down_export,
@@ -82,16 +83,17 @@ def _run(loaded: Loaded, notes: Sequence[str], restart: bool, sinks: Sequence[Si
             return finished
         if restart:
             output.set_aside()
+        before = output.read_json("plan.json") if prepared.checkpoint is not None else {}
         write_down(prepared)
         all_sinks = [screen(logs.console()), MetricsSink(output.metrics_file), *sinks]
         with Watcher(all_sinks) as watcher:
-            return work(prepared, watcher, stop)
+            return work(prepared, before, watcher, stop)
     finally:
         logs.remove(handler)
 
 
-def work(prepared: Prepared, watcher: Watcher, stop: Stop) -> Progress:
-    """Everything heavy: encode what the caches lack, then train."""
+def work(prepared: Prepared, before: Mapping[str, Any], watcher: Watcher, stop: Stop) -> Progress:
+    """Everything heavy: encode what the caches lack, then train. before: the plan.json of the run that is resumed."""
     from sana_tune.train.device import make_accelerator
 
     accelerator = make_accelerator(prepared.config.train.device, precision(prepared.loaded))
@@ -100,6 +102,7 @@ def work(prepared: Prepared, watcher: Watcher, stop: Stop) -> Progress:
     broken = encode_pictures(prepared, caches, accelerator.device, watcher)
     if broken:
         prepared = without(prepared, broken)
+    tell_changes(before, prepared)
     return train(prepared, caches, accelerator, watcher, stop)
 
 

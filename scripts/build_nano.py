@@ -127,7 +127,11 @@ def train_transformer(work: Path, out: Path, steps: int, seed: int) -> None:
 def draw_example(seed: int) -> None:
     """The example's 24 pictures and 12 held-out ones of the figure that nano does not know, and 36 of known ones."""
     new = f"{draw.NEW_FIGURE}_"
-    sets = ((EXAMPLE, draw.example_scenes(), new), (HELDOUT, draw.heldout_scenes(), new), (KNOWN, draw.known_scenes(), ""))
+    sets = (
+        (EXAMPLE, draw.example_scenes(), new),
+        (HELDOUT, draw.heldout_scenes(), new),
+        (KNOWN, draw.known_scenes(), ""),
+    )
     for folder, scenes, prefix in sets:
         shutil.rmtree(folder, ignore_errors=True)
         draw.write_pictures(folder, scenes, prefix)

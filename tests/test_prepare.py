@@ -22,6 +22,7 @@ from sana_tune.prepare import (
     identity_of,
     prepare,
     tell,
+    tell_changes,
     write_down,
     write_down_export,
 )
@@ -163,9 +164,11 @@ def test_going_on_says_from_where_and_whether_the_pictures_changed(tmp_path, cap
     loaded = asked(tmp_path)
     write_down(prepared(tmp_path))
     checkpoint(tmp_path / "output", 2, identity_of(loaded.config))
+    before = Output.open(tmp_path / "output").read_json("plan.json")
     tell(prepared(tmp_path))
+    tell_changes(before, prepared(tmp_path))
     assert "Resuming from step 2" in caplog.text and "the order from here on" not in caplog.text
-    tell(prepared(tmp_path, captions="abcd"))
+    tell_changes(before, prepared(tmp_path, captions="abcd"))
     assert "the order from here on is the new plan's" in caplog.text
 
 

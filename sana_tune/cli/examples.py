@@ -27,6 +27,8 @@ def copy_example(name: str, dest: Path | None) -> Path:
     except OSError as error:
         raise UserError(Problem(f"examples copy: {target}", f"cannot be written: {error.strerror}", "")) from None
     for path in target.rglob("*.json"):
-        text = path.read_text(encoding="utf-8")
-        path.write_text(text.replace(f"{EXAMPLES_PREFIX}{name}/", f"{target.as_posix()}/"), encoding="utf-8")
+        text = path.read_text(encoding="utf-8").replace(f"{EXAMPLES_PREFIX}{name}/", f"{target.as_posix()}/")
+        if target.name != name:  # a copy of another name is a run of its own
+            text = text.replace(f'"output/{name}"', f'"output/{target.name}"')
+        path.write_text(text, encoding="utf-8")
     return target

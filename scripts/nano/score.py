@@ -143,7 +143,7 @@ def paired(before: NDArray[np.float64], after: NDArray[np.float64], flips: int =
 def compare(
     base: Path,
     tuned: Path,
-    guidance: float = 2.5,
+    guidance: float = 4.5,
     ema: bool = True,
     sheet: Path | None = None,
     seeds: int = 32,
@@ -170,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure a fine-tuned nano against the base model.")
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--tuned", type=Path, required=True)
-    parser.add_argument("--guidance", type=float, default=2.5)
+    parser.add_argument("--guidance", type=float, default=4.5)
     parser.add_argument("--raw", action="store_true", help="the last weights instead of their average (EMA)")
     parser.add_argument("--sheet", type=Path, help="save the new figure's pictures here (PNG)")
     args = parser.parse_args()

@@ -40,7 +40,8 @@ def test_a_copy_uses_its_own_files(dest, tmp_path, capsys):
     for path in copied.rglob("*.json"):
         assert PACKAGED not in path.read_text(encoding="utf-8")
     loaded = load(copied / "config.json", {}, {})
-    assert {dataset.instance_data_dir for dataset in loaded.datasets} == {f"{dest}/pictures"}
+    assert {dataset.instance_data_dir for dataset in loaded.datasets} == {f"{dest}/pictures", f"{dest}/known"}
+    assert loaded.config.train.output_dir == f"output/{copied.name}", "a copy must not go on from the example's run"
     library = loaded.config.validation.user_prompt_library
     assert library and Path(library).parent == copied and prompts_of(loaded.config.validation, str.strip)
 

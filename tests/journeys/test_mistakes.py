@@ -318,6 +318,7 @@ def test_broken_pictures_among_good_ones_are_left_out_and_named(tmp_path, capsys
         assert exit_code(["train", "--config", str(tmp_path / CONFIG), "--max_train_steps", str(steps)]) == 0
         said = capsys.readouterr().out
         assert "p01.png (is not a picture" in said and "p03.png (is damaged" in said
+        assert "settings changed" not in said, "the same pictures are left out as before"
         ledger = ledger_of(tmp_path / "output")
         assert (ledger["found"], ledger["trained"]) == (5, 3)
         assert [name for name, _ in ledger["left_out"]] == ["p01.png", "p03.png"]
