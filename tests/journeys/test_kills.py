@@ -189,6 +189,7 @@ def test_killed_at_any_moment_it_ends_as_if_undisturbed(tmp_path: Path, full: bo
     wanted = KILLS_IN_FULL if full else KILLS
     while kills.total() < wanted:
         histories += 1
+        assert histories <= wanted, f"the aims are not found any more: {kills}"
         history = History(tmp_path, tmp_path / f"killed {histories}")
         for aim in AIMS[: wanted - kills.total()]:
             landed = strike(history, aim, luck, span_s)
