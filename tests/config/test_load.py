@@ -163,3 +163,19 @@ def test_overrides_in_all_their_forms() -> None:
     assert parse_overrides(["--flow_schedule_shift", "-1"]) == {"flow_schedule_shift": "-1"}
     with pytest.raises(UserError, match="no --key value"):
         parse_overrides(["stray"])
+
+
+def test_the_quickstarts_files_load() -> None:
+    """config.json.example and multidatabackend.json.example are the quickstart's, less what is not built yet."""
+    folder = Path(__file__).resolve().parents[2] / "config"
+    backends = str(folder / "multidatabackend.json.example")
+    loaded = load(folder / "config.json.example", {"data_backend_config": backends}, environ={})
+    assert [dataset.id for dataset in loaded.datasets] == [
+        "pseudo-camera-10k-sana",
+        "dreambooth-subject",
+        "dreambooth-subject-512",
+    ]
+    assert loaded.text_cache.cache_dir == "cache/text/sana"
+    said = "\n".join(loaded.notes)
+    assert "is_regularisation_data is not built yet" in said and "do nothing with crop: false" in said
+    assert len(loaded.notes) == 2, loaded.notes
