@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -200,6 +201,7 @@ def test_killed_at_any_moment_it_ends_as_if_undisturbed(tmp_path: Path, full: bo
         child = history.start()
         assert child.wait() == 0, child
         assert differences(expected, history.result()) == []
+        shutil.rmtree(history.folder)
     print(f"{kills.total()} kills in {histories} runs, within the writing of: {dict(kills)}")
     assert sum(kills[kind] for kind in WRITE_S) >= wanted // 2, kills
     assert kills["shard"] >= wanted // 10 and kills["checkpoint"] >= wanted // 10, kills
