@@ -65,7 +65,8 @@ def write_transformer(
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    plain = {key: value for key, value in config.items() if key != "_name_or_path"}  # a path of some machine
+    (folder / "config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     split = split_torch_state_dict_into_shards(
         dict(state), filename_pattern=STEM + "{suffix}.safetensors", max_shard_size=max_shard_bytes
     )

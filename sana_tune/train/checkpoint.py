@@ -151,7 +151,9 @@ class Checkpoints:
 def _write_model(parts: Parts, folder: Path, state: Mapping[str, Tensor]) -> None:
     """A folder that diffusers' `from_pretrained` reads: config.json and one safetensors file."""
     folder.mkdir()
-    parts.bare.save_config(folder)
+    # diffusers notes where the model came from: a path of this machine, which is nobody's business and differs by user
+    config = {key: value for key, value in json.loads(parts.bare.to_json_string()).items() if key != "_name_or_path"}
+    _write_json(folder / "config.json", config)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS, {"format": "pt"})
 
 

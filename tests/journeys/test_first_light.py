@@ -217,6 +217,14 @@ def test_the_pipeline_holds_the_last_checkpoints_weights(clone):
     assert raw.keys() == base.keys() and len(moved) == len(apart) == len(raw) > 100
 
 
+def test_no_config_names_a_path_of_this_machine(clone):
+    """Checkpoints and pipelines are published; diffusers would note where the model was loaded from."""
+    folders = [locate("nano"), *clone.output.glob("checkpoint-*"), clone.output / "pipeline"]
+    configs = [path for folder in folders for path in folder.rglob("config.json")]
+    assert len(configs) >= 10
+    assert [path for path in configs if json.loads(path.read_text("utf-8")).get("_name_or_path")] == []
+
+
 @pytest.fixture
 def pipe(clone, monkeypatch) -> Iterator[tuple[SanaPipeline, Image.Image]]:
     """The pipeline as the README in its folder loads it, and the picture that the README draws."""
