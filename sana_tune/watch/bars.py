@@ -39,8 +39,9 @@ class Bars(Progress):
             yield Text(self.below, no_wrap=True, overflow="ellipsis")
 
     def show(self, title: str, done: int, total: int, left: str | None = None, below: str = "") -> None:
-        """Set the row of that title, made when it is new, and the line below."""
+        """Set the row of that title, made when it is new, and the line below: without one, how many a second."""
         if title not in self._rows:
             self._rows[title] = self.add_task(title, total=total, left=left)
-        self.below = below
         self.update(self._rows[title], completed=done, total=total, left=left)
+        speed = next(task.finished_speed or task.speed for task in self.tasks if task.id == self._rows[title])
+        self.below = below or (f"{speed:.1f} a second" if speed else "")

@@ -43,3 +43,15 @@ def test_without_an_estimate_of_its_own_rich_makes_one():
         bars.show("Caching latents", 2, 4)
     assert "Caching captions" in text.getvalue() and "2/4" in text.getvalue()
     assert "-:--" in text.getvalue()
+
+
+def test_a_cache_says_how_many_a_second():
+    text, now = io.StringIO(), [0.0]
+    bars = Bars(Console(file=text, force_terminal=True, width=80), 1.0)
+    bars.get_time = lambda: now[0]
+    with bars:
+        for now[0] in (0.0, 1.0, 2.0):
+            bars.show("Caching latents", int(4 * now[0]), 100)
+        assert bars.below == "4.0 a second"
+        bars.show("Training", 1, 10, "0:09", "loss 0.5")
+        assert bars.below == "loss 0.5"
