@@ -64,6 +64,9 @@ def fit(
     watcher.emit(Started(progress, plan.total_steps, plan.steps_per_epoch, resume and str(resume.path)))
     with stop.deferred():
         watcher.emit(validator.start(parts, progress))
+        if stop_agreed(parts, stop):  # nothing was trained yet, so the next start draws these pictures again
+            watcher.emit(Stopped(progress, stop.reason))
+            raise stop.interrupted()
         parts.transformer.train()
         patience = Patience(max_bad_steps)
         with closing(Timed(batches.steps(progress.step, plan.total_steps))) as steps:

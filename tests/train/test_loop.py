@@ -156,6 +156,20 @@ def test_a_signal_finishes_the_step_saves_and_ends(tmp_path: Path, number: signa
     assert found is not None and found.step == 3
 
 
+def test_a_signal_while_the_base_pictures_are_drawn_begins_no_step(tmp_path: Path):
+    class Interrupting(NoValidator):
+        def start(self, parts: Any, progress: Progress) -> Any:
+            os.kill(os.getpid(), signal.SIGINT)
+            return super().start(parts, progress)
+
+    recorder = Recorder()
+    with pytest.raises(Interrupted) as ended:
+        run(tmp_path, Course(4), validator=Interrupting(), recorder=recorder)
+    assert ended.value.exit_code == 130
+    assert recorder.story[-1] == "Stopped 0" and not any("Stepped" in line for line in recorder.story)
+    assert folders.find(tmp_path, "latest") is None, "the next start is a start, with its pictures"
+
+
 def test_a_signal_at_the_last_step_still_finishes(tmp_path: Path):
     recorder = Recorder(at=2, do=lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Interrupted):
