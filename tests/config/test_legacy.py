@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from sana_tune.config import legacy
 from sana_tune.config.datasets import DATASET_KINDS
 from sana_tune.config.schema import section_of
@@ -26,3 +28,13 @@ def test_off_values() -> None:
     assert legacy.is_off("push_to_hub", "false") and legacy.is_off("start_epoch", 1)
     assert not legacy.is_off("push_to_hub", True) and not legacy.is_off("start_epoch", 2)
     assert not legacy.is_off("num_processes", True), "true is not the number 1"
+
+
+def test_every_key_of_simpletuners_files_is_known() -> None:
+    """Ours, or on one of the tables: none meets "there is no such setting"."""
+    data = Path(__file__).resolve().parents[1] / "data"
+    known = {*OURS, *legacy.known_foreign_keys()}
+    for name, count in (("keys_config.txt", 279), ("keys_datasets.txt", 83)):
+        keys = (data / name).read_text(encoding="utf-8").split()
+        assert len(keys) == count
+        assert [key for key in keys if key not in known] == []
