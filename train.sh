@@ -8,7 +8,7 @@
 #   ./train.sh --learning_rate 2e-5 …     every setting of config.json can be given as a flag
 #
 # MIXED_PRECISION is honoured where the config names none; VENV_PATH names the Python environment (else the active
-# one, else .venv). config/config.env and config/$ENV/config.env are read into the environment first, as ever.
+# one, else .venv). config/config.env and config/$ENV/config.env are read first, as ever; they are parsed, not run.
 # The exit code is the trainer's.
 set -euo pipefail
 
@@ -22,12 +22,22 @@ die() {
     exit 1
 }
 
+early="ENV|SIMPLETUNER_ENV|SIMPLETUNER_ENVIRONMENT|CONFIG_PATH|CONFIG_BACKEND|VENV_PATH|PYTHON|DISABLE_UPDATES"
+early="$early|TRAINING_NUM_PROCESSES|TRAINING_NUM_MACHINES"
+
+# Takes from a config.env the few variables that decide before Python runs; the trainer reads the file whole.
 read_variables() {
     [ -f "$1" ] || return 0
-    set +eu -a
-    # shellcheck source=/dev/null
-    . "$1"
-    set -eu +a
+    local line name value
+    while IFS= read -r line || [ -n "$line" ]; do
+        [[ $line =~ ^[[:space:]]*(export[[:space:]]+)?($early)=(.*)$ ]] || continue
+        name=${BASH_REMATCH[2]} value=${BASH_REMATCH[3]%$'\r'}
+        if [[ $value =~ ^\"([^\"]*)\" || $value =~ ^\'([^\']*)\' || $value =~ ^([^[:space:]#]*) ]]; then
+            value=${BASH_REMATCH[1]}
+        fi
+        value=${value//\$HOME/$HOME}
+        export "$name=${value//\$\{HOME\}/$HOME}"
+    done <"$1"
 }
 
 read_variables config/config.env
@@ -48,12 +58,18 @@ config_is_named() {
             --config | --config=* | --env | --env=* | env=* | --example | --example=* | example=* | -e* | -h | --help) return 0 ;;
         esac
     done
-    [ -f config.json ] || [ -f config/config.json ]
+    [ "${SIMPLETUNER_CONFIG_BACKEND:-${CONFIG_BACKEND:-${CONFIG_TYPE:-}}}" = cmd ] && return 0
+    local path
+    for path in config.{json,toml,yaml,yml,env} config/config.{json,toml,yaml,yml,env}; do
+        [ ! -f "$path" ] || return 0
+    done
+    return 1
 }
 
 config_is_named "$@" || die "there is no config/config.json here ($PWD). You can" \
     "  - see it work first:      ./train.sh --example nano" \
-    "  - start your own:         cp config/config.json.example config/config.json, then edit it" \
+    "  - answer a few questions: sana_tune configure   (after the first ./train.sh --example nano)" \
+    "  - start from the example: cp config/config.json.example config/config.json, then edit it" \
     "  - name a config:          ./train.sh --config path/to/config.json"
 
 bin=$("$root/scripts/setup.sh")

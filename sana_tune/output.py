@@ -12,6 +12,7 @@ from typing import Any
 from sana_tune.config.datasets import ImageDataset, TextDataset
 from sana_tune.config.load import Loaded
 from sana_tune.config.schema import Config
+from sana_tune.config.secrets import MASK, masked
 from sana_tune.errors import Problem, UserError
 from sana_tune.store import write_atomically
 
@@ -91,11 +92,15 @@ class Output:
         return content if isinstance(content, dict) else {}
 
     def write_config(self, loaded: Loaded) -> None:
-        """The resolved settings as a config.json that can be run again, with their origins under "__origins__"."""
+        """The resolved settings as a config.json that can be run again, with their origins under "__origins__".
+
+        Secrets are masked; a file with a mask is told so when it is run.
+        """
         sections = loaded.config.model_dump(mode="json").values()
         settings = {key: value for section in sections for key, value in section.items() if value is not None}
         settings["validation_resolution"] = ",".join(map(str, loaded.config.validation.validation_resolution))
-        self.write_json("config.json", {**settings, "__origins__": dict(loaded.origins)})
+        shown = {key: MASK if key in loaded.secret else masked(key, value) for key, value in settings.items()}
+        self.write_json("config.json", {**shown, "__origins__": dict(loaded.origins)})
 
     def set_aside(self) -> None:
         """Move what an earlier run left, but not its caches, to before_restart_<n>/."""

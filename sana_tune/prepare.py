@@ -7,10 +7,12 @@ pictures and their captions, the prompts, the model's files, the room on the dis
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from sana_tune.config.load import Loaded
@@ -19,20 +21,35 @@ from sana_tune.data import shards
 from sana_tune.data.buckets import Bucket, make_buckets
 from sana_tune.data.captions import clean_caption
 from sana_tune.data.memory import FileMemory
-from sana_tune.data.records import Keys
-from sana_tune.data.survey import Survey, survey
+from sana_tune.data.records import Keys, Record
+from sana_tune.data.survey import Report, Survey, survey
 from sana_tune.errors import Problem, UserError, gather
+from sana_tune.hardware import Device, device_for
 from sana_tune.log import log
+from sana_tune.memory import Load, MemoryPlan, caching_needed, plan_memory
 from sana_tune.model import fetch
-from sana_tune.model.facts import ModelFacts, check_size, from_folder, known
+from sana_tune.model.facts import ModelFacts, check_size, estimated_bytes, from_folder, known
 from sana_tune.model.identity import latent_identity, text_identity
 from sana_tune.model.instruction import resolve_instruction
+from sana_tune.model.layout import component_weights
 from sana_tune.output import Output, free_bytes
-from sana_tune.plan import CacheNeed, Plan, latent_bytes, make_plan, plan_lines, text_bytes
+from sana_tune.plan import (
+    CacheNeed,
+    Plan,
+    latent_bytes,
+    loads_of,
+    make_plan,
+    memory_warnings,
+    plan_lines,
+    text_bytes,
+)
 from sana_tune.progress import Progress
 from sana_tune.prompts import prompts_of
 from sana_tune.store import FolderStore
 from sana_tune.train.folders import Checkpoint, check_identity, find, folder_name, read
+from sana_tune.watch.metrics import last_lines
+
+STEPS_TIMED = 50  # the last steps of a run, whose median tells the speed of the next one
 
 
 @dataclass(frozen=True)
@@ -59,6 +76,11 @@ class Prepared:
     def captions(self) -> dict[str, str]:
         """Cache key → every text that is encoded with the instruction, and the empty one; in a fixed order."""
         return {self.keys.text(text): text for text in needed_captions(self.survey, self.prompts)}
+
+    @property
+    def device(self) -> Device | None:
+        """Where the run is to take place, if that is known."""
+        return self.plan.memory and self.plan.memory.device
 
     @property
     def negative(self) -> str:
@@ -88,10 +110,11 @@ def prepare(loaded: Loaded, output: Output, notes: Sequence[str] = (), *, fresh:
         surveyed = look(loaded, expected, memory)
     folder = located(config)
     facts = from_folder(folder, name)
+    device = device_for(config.train.device)
     if surveyed is None or expected is None or expected.vae_factor != facts.vae_factor:
         surveyed = look(loaded, facts, memory)
     check_drawing_sizes(config, facts)
-    return plan_of(loaded, output, facts, folder, surveyed, prompts or {}, checkpoint, notes)
+    return plan_of(loaded, output, facts, folder, surveyed, prompts or {}, checkpoint, notes, device)
 
 
 def resumed(config: Config, output: Output) -> Checkpoint | None:
@@ -146,20 +169,36 @@ def located(config: Config) -> Path:
 
 def look(loaded: Loaded, facts: ModelFacts, memory: FileMemory) -> Survey:
     """Survey the datasets. Raises UserError with all their problems."""
-    alignment = loaded.config.data.aspect_bucket_alignment or facts.vae_factor
-    if alignment % facts.vae_factor:
-        what = f"must be a multiple of the VAE's factor {facts.vae_factor}; found {alignment}"
-        raise UserError(Problem("aspect_bucket_alignment", what, f"use {facts.vae_factor}, or leave it out"))
-    found = survey(
-        loaded.datasets,
-        alignment=alignment,
-        rounding=loaded.config.data.aspect_bucket_rounding,
-        prompt_case=loaded.config.model.prompt_case,
-        memory=memory,
-    )
+    found = survey_of(loaded, facts, memory)
     if found.problems:
         raise UserError(*found.problems)
     return found
+
+
+def survey_of(
+    loaded: Loaded,
+    facts: ModelFacts,
+    memory: FileMemory,
+    *,
+    headers_only: bool = False,
+    report: Report | None = None,
+) -> Survey:
+    """The survey of the datasets, with what is wrong in it. Raises UserError when the VAE cannot have such buckets."""
+    data = loaded.config.data
+    alignment = data.aspect_bucket_alignment or facts.vae_factor
+    if alignment % facts.vae_factor:
+        what = f"must be a multiple of the VAE's factor {facts.vae_factor}; found {alignment}"
+        raise UserError(Problem("aspect_bucket_alignment", what, f"use {facts.vae_factor}, or leave it out"))
+    return survey(
+        loaded.datasets,
+        alignment=alignment,
+        rounding=data.aspect_bucket_rounding,
+        prompt_case=loaded.config.model.prompt_case,
+        memory=memory,
+        report=report,
+        seed=loaded.config.train.seed,
+        headers_only=headers_only,
+    )
 
 
 def check_drawing_sizes(config: Config, facts: ModelFacts) -> None:
@@ -185,24 +224,98 @@ def plan_of(
     prompts: Mapping[str, str],
     checkpoint: Checkpoint | None,
     notes: Sequence[str],
+    device: Device | None,
 ) -> Prepared:
-    """Buckets, keys, caches and the plan from what was found. Raises UserError when the disk is too small."""
-    config = loaded.config
-    keys, plain_keys = keys_of(config, folder, output)
+    """Buckets, keys, caches and the plan from what was found. device: where it is to run, if that is known."""
+    keys, plain_keys = keys_of(loaded.config, folder, output)
     buckets = make_buckets(surveyed.records, loaded.datasets)
-    copied = [path for part in ("vae", "text_encoder", "tokenizer") for path in (folder / part).iterdir()]
+    caches = cache_needs(loaded, output, facts, surveyed, prompts, keys)
+    step = checkpoint.progress().step if checkpoint else 0
+    plan = run_plan(loaded, output, facts, folder, buckets, caches, step, notes, device)
+    return Prepared(loaded, output, facts, folder, surveyed, buckets, keys, plain_keys, prompts, checkpoint, plan)
+
+
+def run_plan(
+    loaded: Loaded,
+    output: Output,
+    facts: ModelFacts,
+    folder: Path | None,
+    buckets: Sequence[Bucket],
+    caches: Sequence[CacheNeed],
+    first_step: int,
+    notes: Sequence[str],
+    device: Device | None,
+) -> Plan:
+    """The plan, with memory and speed. folder: None for a model that is not on this machine yet."""
+    config, sizes = loaded.config, model_bytes(loaded.config, facts, folder)
+    precision = precision_on(loaded, device)
+    batches = [Load(bucket.size.width, bucket.size.height, vae_batch(loaded, bucket.dataset)) for bucket in buckets]
     plan = make_plan(
         config,
         facts,
         buckets,
-        cache_needs(loaded, output, facts, surveyed, prompts, keys),
-        first_step=checkpoint.progress().step if checkpoint else 0,
-        disk_free_bytes=free_bytes(output.root),
-        other_model_bytes=sum(path.stat().st_size for path in copied),
+        caches,
+        first_step=first_step,
+        disk_free_bytes=free_bytes(existing(output.root)),
+        other_model_bytes=sum(sizes.values()) - sizes["transformer"],
         notes=(*notes, *loaded.notes),
+        memory=memory_of(config, facts, buckets, batches, sizes, device, precision),
+        precision=precision,
     )
-    prepared = Prepared(loaded, output, facts, folder, surveyed, buckets, keys, plain_keys, prompts, checkpoint, plan)
-    return prepared
+    return replace(plan, step_s=measured_step_s(output, plan))
+
+
+def memory_of(
+    config: Config,
+    facts: ModelFacts,
+    buckets: Sequence[Bucket],
+    batches: Sequence[Load],
+    sizes: Mapping[str, int],
+    device: Device | None,
+    precision: str,
+) -> MemoryPlan:
+    """Memory for caching and training. batches: as the VAE gets them. sizes: of the model's files, by component."""
+    caching = caching_needed(sizes["text_encoder"], sizes["vae"], batches)
+    return plan_memory(config, facts, loads_of(buckets), caching, device, precision=precision)
+
+
+def vae_batch(loaded: Loaded, dataset: str) -> int:
+    """Pictures of a dataset that the VAE encodes at once."""
+    return next(entry.vae_batch_size for entry in loaded.datasets if entry.id == dataset)
+
+
+def model_bytes(config: Config, facts: ModelFacts, folder: Path | None) -> dict[str, int]:
+    """Bytes of a model's files by component; about, for a model that is not on this machine."""
+    if folder is None:
+        return estimated_bytes(facts, weights_dtype(config))
+    sizes = {}
+    for part in ("transformer", "vae", "text_encoder"):
+        dtype = weights_dtype(config) if part == "transformer" else "fp32"
+        weights = component_weights(folder, part, variant=config.model.variant, dtype=dtype)
+        sizes[part] = sum((folder / file).stat().st_size for file in weights.files)
+    return {**sizes, "tokenizer": sum(path.stat().st_size for path in (folder / "tokenizer").iterdir())}
+
+
+def precision_on(loaded: Loaded, device: Device | None) -> str:
+    """Accelerate's mixed_precision on a device: a CPU casts nothing unless it is asked to."""
+    unasked = loaded.origins["mixed_precision"] == "default"
+    return "no" if unasked and device is not None and device.kind == "cpu" else loaded.config.model.mixed_precision
+
+
+def measured_step_s(output: Output, plan: Plan) -> float | None:
+    """Median time of the last steps that were done here at the plan's pace, in seconds; None when there are none."""
+    before = output.read_json("plan.json")
+    if before.get("pace") != json.loads(json.dumps(plan.pace)):
+        return None
+    begun = before.get("first_step", 0)
+    lines = [line for line in last_lines(output.metrics_file, STEPS_TIMED + 1) if line["step"] > begun + 1]
+    times = [line["step_s"] for line in lines if isinstance(line.get("step_s"), (int, float))]
+    return median(times) if times else None
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if os.path.exists(place))
 
 
 def keys_of(config: Config, folder: Path, output: Output) -> tuple[Keys, Keys]:
@@ -218,22 +331,48 @@ def keys_of(config: Config, folder: Path, output: Output) -> tuple[Keys, Keys]:
 
 
 def cache_needs(
-    loaded: Loaded, output: Output, facts: ModelFacts, surveyed: Survey, prompts: Mapping[str, str], keys: Keys
+    loaded: Loaded,
+    output: Output,
+    facts: ModelFacts,
+    surveyed: Survey,
+    prompts: Mapping[str, str],
+    keys: Keys | None,
 ) -> list[CacheNeed]:
-    """What each cache must hold and what it lacks."""
-    captions = {keys.text(caption) for caption in needed_captions(surveyed, prompts)}
-    folder = output.text_folder(loaded.config, loaded.text_cache)
-    absent = len(captions.difference(shards.scan(folder).items))
-    needs = [CacheNeed("text", str(folder), len(captions), len(captions) - absent, text_bytes(facts, absent))]
-    for dataset in loaded.datasets:
-        folder = output.latent_folder(loaded.config, dataset)
-        records = [record for record in surveyed.records if record.dataset == dataset.id]
-        sizes = {keys.latent(record): record.placement.target for record in records}
-        missing = set(sizes).difference(shards.scan(folder).items)
-        to_make = sum(latent_bytes(sizes[key], facts) for key in missing)
-        need = CacheNeed(f"latents of {dataset.id}", str(folder), len(sizes), len(sizes) - len(missing), to_make)
-        needs.append(need)
-    return needs
+    """What each cache must hold and what it lacks. keys: None while the model's files were never hashed."""
+    of_texts = text_need(output.text_folder(loaded.config, loaded.text_cache), facts, surveyed, prompts, keys)
+    by_dataset: dict[str, list[Record]] = {dataset.id: [] for dataset in loaded.datasets}
+    for record in surveyed.records:
+        by_dataset[record.dataset].append(record)
+    folders = {dataset.id: output.latent_folder(loaded.config, dataset) for dataset in loaded.datasets}
+    return [of_texts, *(latent_need(name, folders[name], facts, by_dataset[name], keys) for name in by_dataset)]
+
+
+def text_need(
+    folder: Path, facts: ModelFacts, surveyed: Survey, prompts: Mapping[str, str], keys: Keys | None
+) -> CacheNeed:
+    """What the text cache must hold and what it lacks."""
+    captions, there = needed_captions(surveyed, prompts), shards.scan(folder).items
+    hits = len({keys.text(caption) for caption in captions}.intersection(there)) if keys and there else 0
+    unknown = len(captions) if there and not keys else 0
+    return CacheNeed("text", str(folder), len(captions), hits, text_bytes(facts, len(captions) - hits), unknown)
+
+
+def latent_need(name: str, folder: Path, facts: ModelFacts, records: Sequence[Record], keys: Keys | None) -> CacheNeed:
+    """What the latent cache of a dataset must hold and what it lacks; equal pictures count once where that is known."""
+    there = shards.scan(folder).items
+    hashed = [record for record in records if record.content_hash is not None]
+
+    def key(record: Record) -> object:
+        return keys.latent(record) if keys else (record.content_hash, record.placement)
+
+    sizes = {key(record): record.placement.target for record in hashed}
+    hits = sizes.keys() & there.keys() if keys else set()
+    others = [record.placement.target for record in records if record.content_hash is None]
+    to_make = sum(latent_bytes(size, facts) for one, size in sizes.items() if one not in hits)
+    to_make += sum(latent_bytes(size, facts) for size in others)
+    unknown = (len(others) if keys else len(sizes) + len(others)) if there else 0
+    needed = len(sizes) + len(others)
+    return CacheNeed(f"latents of {name}", str(folder), needed, len(hits), to_make, unknown)
 
 
 def needed_captions(surveyed: Survey, prompts: Mapping[str, str]) -> dict[str, None]:
@@ -249,15 +388,20 @@ def tell(prepared: Prepared) -> None:
         log.info("%s", line)
     log.info("Output: %s (plan.json, ledger.json, log.txt)", prepared.output.root)
     log.info("Licence: %s", prepared.facts.licence)
-    for note in plan.notes:
+    for note in (*plan.notes, *(memory_warnings(plan.memory) if plan.memory else ())):
         log.warning("%s", note)
     if prepared.checkpoint is not None:
         log.info("Resuming from step %d (%s)", plan.first_step, prepared.checkpoint.path)
-    if plan.disk_needed_bytes > plan.disk_free_bytes and plan.first_step < plan.total_steps:
-        what = (
-            f"the run writes about {plan.disk_needed_bytes / 1e9:.1f} GB; {plan.disk_free_bytes / 1e9:.1f} GB are free"
-        )
-        raise UserError(Problem(str(prepared.output.root), what, "make room, or lower checkpoints_total_limit"))
+    if (problem := no_room(prepared.output, plan)) is not None:
+        raise UserError(problem)
+
+
+def no_room(output: Output, plan: Plan) -> Problem | None:
+    """What is wrong when the disk is too small for what is still to be written."""
+    if plan.disk_needed_bytes <= plan.disk_free_bytes or not plan.steps_left:
+        return None
+    what = f"the run writes about {plan.disk_needed_bytes / 1e9:.1f} GB; {plan.disk_free_bytes / 1e9:.1f} GB are free"
+    return Problem(str(output.root), what, "make room, or lower checkpoints_total_limit")
 
 
 def tell_changes(before: Mapping[str, Any], prepared: Prepared) -> None:
@@ -277,7 +421,7 @@ def write_down(prepared: Prepared) -> None:
 def finished_already(prepared: Prepared) -> Progress | None:
     """Where a finished run stands, having said how to go on; None when there is still something to do."""
     plan, checkpoint = prepared.plan, prepared.checkpoint
-    if checkpoint is None or plan.first_step < plan.total_steps or not is_exported(prepared.output, checkpoint):
+    if checkpoint is None or not finished(prepared.output, plan, checkpoint):
         return None
     log.info(
         "This run is finished: step %d of %d, its pipeline is in %s. To go on, raise max_train_steps (or "
@@ -285,6 +429,11 @@ def finished_already(prepared: Prepared) -> Progress | None:
         plan.first_step, plan.total_steps, prepared.output.pipeline,
     )  # fmt: skip
     return checkpoint.progress()
+
+
+def finished(output: Output, plan: Plan, checkpoint: Checkpoint) -> bool:
+    """Whether all steps are done and the pipeline is written."""
+    return not plan.steps_left and is_exported(output, checkpoint)
 
 
 def is_exported(output: Output, checkpoint: Checkpoint) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sana_tune.config.files import read_json, resolve
+from sana_tune.config.files import resolve
+from sana_tune.config.formats import read
 from sana_tune.config.schema import ValidationConfig
 from sana_tune.errors import Problem, UserError
 
@@ -26,7 +27,7 @@ def prompts_of(settings: ValidationConfig, clean: Callable[[str], str]) -> dict[
 
 
 def _library(path: str) -> dict[str, str]:
-    content = read_json(resolve(path), "prompt library (user_prompt_library)")
+    content = read(resolve(path), "prompt library (user_prompt_library)")
     if not isinstance(content, dict):
         raise UserError(Problem(path, 'a prompt library is {"nickname": "prompt", …}', "put { } around the prompts"))
     problems = []

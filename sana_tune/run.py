@@ -203,6 +203,7 @@ def without(prepared: Prepared, broken: Mapping[str, str]) -> Prepared:
         prepared.prompts,
         prepared.checkpoint,
         prepared.plan.notes,
+        prepared.device,
     )
     write_down(again)
     log.warning("%d pictures were left out (ledger.json); the run has %d steps", len(broken), again.plan.total_steps)
@@ -266,7 +267,14 @@ def build_parts(prepared: Prepared, accelerator: Accelerator) -> Parts:
         accelerator=accelerator,
         transformer=transformer,
         optimizer=optimizer,
-        schedule=Schedule(wanted.lr_scheduler, wanted.learning_rate, prepared.plan.total_steps, wanted.lr_warmup_steps),
+        schedule=Schedule(
+            wanted.lr_scheduler,
+            wanted.learning_rate,
+            prepared.plan.total_steps,
+            wanted.lr_warmup_steps,
+            wanted.lr_end,
+            wanted.lr_power,
+        ),
         ema=ema,
         shift_at=lambda tokens: shift_for(shift, tokens, facts.native_tokens, facts.scheduler, auto=auto),
         seed=config.train.seed,
@@ -290,7 +298,8 @@ def transformer_and_optimizer(prepared: Prepared, device: torch.device) -> tuple
         set_gradient_checkpointing(transformer, config.model.gradient_checkpointing_interval)
     exact = None
     if weights_dtype(config) == "bf16":
-        exact = [parameter.detach().clone() for parameter in transformer.parameters()]
+        # In main memory: beside the optimizer's states they would take more of the device than training does.
+        exact = [parameter.detach().to("cpu", copy=True) for parameter in transformer.parameters()]
         transformer.to(torch.bfloat16)
     optimizer = build_optimizer(
         wanted.optimizer,

@@ -9,15 +9,13 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from sana_tune.errors import Problem, UserError
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One file of a store.
 
     key: its path inside the store, with forward slashes. mtime_ns: time of the last change, ns.
@@ -33,6 +31,7 @@ class FolderStore:
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
+        self._prefix = os.path.join(os.path.abspath(root), "")
 
     def check(self) -> None:
         """UserError when there is no such folder."""
@@ -44,11 +43,11 @@ class FolderStore:
     def list(self) -> Iterator[Entry]:
         """Every file, sorted by key. UserError when the folder is missing or a part of it cannot be read."""
         self.check()
-        return iter(sorted(_walk(str(self.root), "", ()), key=lambda entry: entry.key))
+        return iter(sorted(_walk(str(self.root), "", ())))  # keys come first, and no two are the same
 
     def locate(self, key: str) -> str:
         """The absolute path of a key: for messages, and to remember a file by."""
-        return os.path.join(os.path.abspath(self.root), *key.split("/"))
+        return self._prefix + (key if os.sep == "/" else key.replace("/", os.sep))
 
     def open(self, key: str) -> BinaryIO:
         """The file of a key, opened for reading. UserError when it cannot be."""

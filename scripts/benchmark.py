@@ -3,6 +3,7 @@
     python scripts/benchmark.py                      nano, batch 8, on the CPU
     python scripts/benchmark.py --batch 32 --threads 2
     python scripts/benchmark.py --model FOLDER --device cuda --precision bf16 --batch 4
+    python scripts/benchmark.py --only check         sana_tune check over 10,000 pictures, cold and warm
 
 Two loops are timed in one process in alternating blocks, so that whatever else the machine does slows both alike:
 ours is `train.loop.fit` as a run calls it (loader over warm caches, noise from position, clip, check, EMA,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 CLIP, DECAY, RATE = 0.1, 0.99, 1e-5
 HELP_TIMES = 5
+CHECK_SIZES = ((1024, 768), (768, 1024), (1024, 1024), (1280, 720), (900, 1200))
 
 
 @dataclass
@@ -216,6 +218,55 @@ def measure_start(folder: Path) -> float:
     return seconds - json.loads(metrics.read_text())["step_s"]
 
 
+def many_pictures(folder: Path, count: int) -> Path:
+    """A folder of so many JPEGs of about a megapixel with captions of 70 words, and a config for them."""
+    import io
+    import random
+
+    import numpy as np
+    from PIL import Image
+
+    chosen, words = np.random.default_rng(0), "a red cat sitting on the table beside window light morning".split()
+    kinds = []
+    for width, height in CHECK_SIZES:
+        small = chosen.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(small).resize((width, height)).save(file, "JPEG", quality=85)
+        kinds.append(file.getvalue())
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    for number in range(count):  # what follows the end of a JPEG does not matter to it: no two files are the same
+        (pictures / f"{number:05}.jpg").write_bytes(kinds[number % len(kinds)] + str(number).encode())
+        caption = f"photo {number} " + " ".join(random.Random(number).choices(words, k=70))
+        (pictures / f"{number:05}.txt").write_text(caption, encoding="utf-8")
+    datasets = [{"id": "many", "instance_data_dir": str(pictures), "resolution": 512, "caption_strategy": "textfile"}]
+    (folder / "multidatabackend.json").write_text(json.dumps(datasets), encoding="utf-8")
+    places = {"data_backend_config": str(folder / "multidatabackend.json"), "output_dir": str(folder / "output")}
+    config = folder / "config.json"
+    config.write_text(json.dumps({"pretrained_model_name_or_path": "nano", **places}), encoding="utf-8")
+    return config
+
+
+def measure_check(config: Path) -> tuple[float, float]:
+    """Seconds that `sana_tune check` takes when it knows none of the pictures (their bytes may be in the system's
+    cache), and the median when it knows them all."""
+
+    def once() -> float:
+        started = time.perf_counter()
+        command = [sys.executable, "-m", "sana_tune", "check", "--config", str(config)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+        return time.perf_counter() - started
+
+    return once(), statistics.median(once() for _ in range(HELP_TIMES))
+
+
+def tell_check(count: int) -> None:
+    """The times of a check over so many pictures."""
+    with tempfile.TemporaryDirectory(prefix="sana_tune-benchmark-") as place:
+        cold, warm = measure_check(many_pictures(Path(place), count))
+    print(f"sana_tune check, {count:,} pictures: cold {cold:.2f} s, warm {warm:.2f} s (median of {HELP_TIMES})")
+
+
 def tell_steps(found: Alternating, asked: argparse.Namespace) -> None:
     """The medians and the ratio of neighbouring blocks, whose quartiles show how quiet the machine was."""
     ratios = [ours / theirs for ours, theirs in zip(found.ours, found.theirs, strict=True)]
@@ -237,7 +288,11 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=10, help="steps in a block")
     parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
     parser.add_argument("--steps-only", action="store_true", help="leave out start and help")
+    parser.add_argument("--only", choices=("check",), help="leave out all but this")
+    parser.add_argument("--pictures", type=int, default=10_000, help="for --only check")
     asked = parser.parse_args()
+    if asked.only == "check":
+        return tell_check(asked.pictures)
     if asked.threads:
         os.environ["OMP_NUM_THREADS"] = str(asked.threads)  # before torch is loaded; the start is measured with it too
     from sana_tune import log

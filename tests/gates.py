@@ -21,13 +21,15 @@ HEAVY = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes")
 
 # Imports go from a later group to an earlier one. Parts of one group do not import each other, but for the first.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "log", "progress"),
+    ("errors", "log", "progress", "hardware"),
     ("config",),
     ("store",),
     ("data", "model", "watch"),
+    ("memory",),
     ("plan", "prompts", "output"),
     ("train",),
     ("prepare",),
+    ("check",),
     ("run",),
     ("cli",),
     ("__main__",),

@@ -40,3 +40,11 @@ def test_a_short_run_tells_everything(monkeypatch: pytest.MonkeyPatch, capsys: p
     found = re.search(r"ratio ([\d.]+) \(quartiles [\d.]+ to [\d.]+; 2 pairs of 1 steps\)", told)
     assert found and 0.1 < float(found[1]) < 10
     assert re.search(r"to the first step, warm caches: [\d.]+ s\nsana_tune --help: [\d.]+ s", told)
+
+
+def test_the_check_is_timed_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(benchmark, "HELP_TIMES", 1)
+    monkeypatch.setattr(sys, "argv", "benchmark --only check --pictures 7".split())
+    benchmark.main()
+    told = capsys.readouterr().out
+    assert re.fullmatch(r"sana_tune check, 7 pictures: cold [\d.]+ s, warm [\d.]+ s \(median of 1\)\n", told)

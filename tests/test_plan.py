@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,26 @@ from sana_tune.config.schema import Config
 from sana_tune.data.buckets import Bucket
 from sana_tune.data.geometry import Size
 from sana_tune.data.survey import DatasetLedger, Ledger
+from sana_tune.hardware import Device
+from sana_tune.memory import Load, MemoryPlan, caching_needed, plan_memory
 from sana_tune.model.facts import ModelFacts, known
-from sana_tune.plan import CacheNeed, Plan, human_bytes, latent_bytes, make_plan, plan_lines, text_bytes, total_steps
+from sana_tune.plan import (
+    CacheNeed,
+    Plan,
+    checkpoint_bytes,
+    human_bytes,
+    human_time,
+    latent_bytes,
+    loads_of,
+    make_plan,
+    memory_lines,
+    memory_warnings,
+    pace_of,
+    plan_lines,
+    text_bytes,
+    time_lines,
+    total_steps,
+)
 from sana_tune.progress import Every
 from tests.config.helpers import load_with
 
@@ -98,8 +117,12 @@ def test_the_disk_it_needs(tmp_path, facts):
         tmp_path, facts, max_train_steps=100, checkpoint_step_interval=4, checkpoints_total_limit=2, use_ema=True
     )
     assert kept.disk_needed_bytes == 2 * 4 * weights + 2 * weights
+    assert (kept.disk.kept, kept.disk.checkpoints_bytes, kept.disk.caches_bytes) == (2, 8 * weights, 0)
     once = plan(tmp_path, facts, max_train_steps=100, checkpoint_step_interval=0)
     assert once.disk_needed_bytes == 3 * weights + weights
+    half = plan(tmp_path, facts, max_train_steps=10, checkpoint_step_interval=0, weights_dtype="bf16")
+    assert half.disk_needed_bytes == 8 * facts.parameters + 2 * facts.parameters, "weights, two states and Kahan's"
+    assert checkpoint_bytes(config(tmp_path, weights_dtype="bf16", use_ema=True), 10) == 120
     assert caches[0].misses == 2 and caches[1].misses == 0
     assert latent_bytes(Size(384, 640), facts) == 12 * 20 * 32 * 4
     assert text_bytes(facts, 0) == 0 < text_bytes(facts, 1) < text_bytes(facts, 2)
@@ -124,3 +147,99 @@ def test_it_is_told_in_plain_lines(tmp_path, facts):
 )
 def test_bytes_for_people(count, text):
     assert human_bytes(count) == text
+
+
+# ---- caches nobody hashed, memory, time ----
+
+CARD = Device("a card", 24 * 10**9, 20 * 10**9)
+
+
+def with_memory(folder: Path, device: Device | None, vae_batch: int = 1, **settings: Any) -> Plan:
+    """A plan of the 1.6B model with its memory on a device."""
+    facts = known("Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers")
+    assert facts is not None
+    wanted = config(folder, **settings)
+    caching = caching_needed(5_230_000_000, 1_250_000_000, [Load(1024, 1024, vae_batch)])
+    memory = plan_memory(wanted, facts, loads_of(BUCKETS), caching, device)
+    return make_plan(wanted, facts, BUCKETS, (), first_step=0, disk_free_bytes=1, memory=memory)
+
+
+def memory_of(plan: Plan) -> MemoryPlan:
+    assert plan.memory is not None
+    return plan.memory
+
+
+def test_what_nobody_hashed_is_unknown_and_no_miss(tmp_path, facts):
+    cache = CacheNeed("text", "t", 9, 2, 500, unknown=4)
+    assert cache.misses == 3
+    made = plan(tmp_path, facts, (cache,))
+    assert made.to_json()["caches"][0] == {**vars(cache), "misses": 3}
+    ledger = Ledger((DatasetLedger("cats", 12, 12),))
+    assert "Cache text: 2 of 9 there, 3 to make, 4 unknown (never hashed yet), about 500 B" in plan_lines(made, ledger)
+
+
+def test_each_load_of_the_buckets_counts_once():
+    assert loads_of([*BUCKETS, *BUCKETS]) == [Load(384, 640, 1), Load(512, 512, 4)]
+
+
+def test_memory_is_told_and_stored(tmp_path):
+    made = with_memory(tmp_path, Device("a card", 80 * 10**9, 1), use_ema=True)
+    (line,) = memory_lines(made)
+    need = memory_of(made).need
+    for part in ("weights 6.4 GB", "optimizer 12.8 GB", "EMA 6.4 GB", "bf16 copies 3.2 GB", "a card has 80.0 GB"):
+        assert part in line
+    assert line.startswith(f"about {human_bytes(need.total_bytes)} to train")
+    assert f"Memory: {line}" in plan_lines(made, Ledger(()))
+    stored = json.loads(json.dumps(made.to_json()))["memory"]
+    assert stored["need"]["total_bytes"] == need.total_bytes and stored["fits"] is True
+    assert memory_warnings(memory_of(made)) == []
+    assert memory_lines(replace(made, memory=None)) == []
+
+
+def test_what_does_not_fit_is_a_warning_with_the_settings_that_would(tmp_path):
+    made = with_memory(tmp_path, CARD)
+    told, way = memory_lines(made)[:2]
+    assert "it would fit with weights_dtype bf16 (1" in way and "a card has 24.0 GB" in told
+    (warning,) = memory_warnings(memory_of(made))
+    assert "training takes about 3" in warning and "it would fit with weights_dtype bf16" in warning
+    none = memory_warnings(memory_of(with_memory(tmp_path, Device("a card", 7 * 10**9, 1))))
+    assert len(none) == 1 and "no setting makes it fit" in none[0]
+    assert memory_warnings(memory_of(with_memory(tmp_path, None))) == []
+
+
+def test_caching_that_does_not_fit_is_a_warning_too(tmp_path):
+    small = memory_warnings(memory_of(with_memory(tmp_path, Device("a card", 6 * 10**9, 1))))
+    assert any("filling the caches with the text encoder (6.7 GB) does not fit" in warning for warning in small)
+    (large,) = memory_warnings(memory_of(with_memory(tmp_path, Device("a card", 40 * 10**9, 1), vae_batch=32)))
+    assert "the VAE" in large and "lower vae_batch_size" in large
+
+
+def test_time_is_told_where_a_speed_is_known(tmp_path, facts):
+    made = plan(tmp_path, facts, max_train_steps=1000)
+    assert time_lines(made) == [] and made.left_s is None and made.to_json()["left_s"] is None
+    known_speed = replace(made, step_s=2.0, first_step=400)
+    assert (known_speed.steps_left, known_speed.left_s) == (600, 1200.0)
+    assert "about 20 min for 600 steps at 2 s a step" in time_lines(known_speed)[0]
+    assert time_lines(replace(known_speed, first_step=1000)) == []
+
+
+def test_the_pace_is_what_decides_a_steps_time(tmp_path, facts):
+    def pace(buckets=BUCKETS, **settings: Any) -> dict[str, Any]:
+        return pace_of(config(tmp_path, **settings), facts, buckets, 1, None)
+
+    same = pace()
+    assert json.loads(json.dumps(same)) == same
+    assert pace(max_train_steps=9, learning_rate=1e-3, seed=4) == same
+    for change in ({"use_ema": True}, {"gradient_checkpointing_interval": 2}, {"mixed_precision": "no"}):
+        assert pace(**change) != same
+    assert pace([replace(BUCKETS[0], batch_size=2), BUCKETS[1]]) != same
+    assert pace_of(config(tmp_path), facts, BUCKETS, 2, None) != same
+    assert pace_of(config(tmp_path), facts, BUCKETS, 1, None, "no") != same
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (89, "89 s"), (90, "2 min"), (5300, "88 min"), (7500, "2 h 05 min"), (190_000, "2 d 5 h")],
+)
+def test_durations_for_people(seconds, text):
+    assert human_time(seconds) == text

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sana_tune.config.load import Loaded, load
+from sana_tune.data.cache import TensorCache
 from sana_tune.data.geometry import Size
+from sana_tune.data.memory import FileMemory
 from sana_tune.errors import UserError
 from sana_tune.log import log
 from sana_tune.output import Output
 from sana_tune.prepare import (
     Prepared,
+    cache_needs,
     drawing_sizes,
+    existing,
     finished_already,
     identity_of,
     prepare,
+    survey_of,
     tell,
     tell_changes,
     write_down,
@@ -186,3 +193,85 @@ def test_a_finished_run_is_known_and_says_how_to_go_on(tmp_path, caplog):
     assert finished_already(prepared(tmp_path, max_train_steps=5)) is None
     checkpoint(tmp_path / "output", 5, identity_of(loaded.config))
     assert finished_already(prepared(tmp_path, max_train_steps=5)) is None, "it is an older checkpoint's pipeline"
+
+
+def card(folder: Path, monkeypatch: pytest.MonkeyPatch, mib: int) -> None:
+    """A stand-in for nvidia-smi that tells of one GPU."""
+    script = folder / "bin" / "nvidia-smi"
+    script.parent.mkdir()
+    script.write_text(f"#!/bin/sh\necho 'GPU-1, a card, {mib}, {mib}'\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+
+
+def test_the_plan_knows_the_device_and_what_the_run_takes_there(tmp_path, monkeypatch):
+    on_cpu = prepared(tmp_path).plan
+    assert on_cpu.memory is not None and on_cpu.memory.device is not None
+    assert on_cpu.memory.device.kind == "cpu" and on_cpu.memory.need.copies_bytes == 0, "nothing is cast on a CPU"
+    assert on_cpu.pace["precision"] == "no" and on_cpu.memory.fits
+    card(tmp_path, monkeypatch, 900)
+    on_card = prepared(tmp_path).plan
+    assert on_card.memory is not None and on_card.memory.device is not None
+    assert (on_card.memory.device.name, on_card.pace["precision"]) == ("a card", "bf16")
+    assert on_card.memory.need.copies_bytes > 0 and not on_card.memory.fits
+    assert prepared(tmp_path).device == on_card.memory.device
+
+
+def test_too_little_memory_is_a_warning(tmp_path, monkeypatch, caplog):
+    card(tmp_path, monkeypatch, 900)
+    found = prepared(tmp_path)
+    tell(found)
+    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert any("training takes about 1.0 GB of memory; a card has 943.7 MB" in line for line in warned)
+    assert "Memory: about 1.0 GB to train" in caplog.text
+    write_down(found)
+    assert json.loads((tmp_path / "output" / "plan.json").read_text())["memory"]["device"]["name"] == "a card"
+
+
+def test_a_speed_counts_only_when_it_was_measured_at_this_pace(tmp_path):
+    found = prepared(tmp_path, max_train_steps=100)
+    assert found.plan.step_s is None
+    write_down(found)
+    lines = [{"step": step, "step_s": 9.0 if step == 1 else 0.5} for step in range(1, 9)]
+    metrics = tmp_path / "output" / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    again = prepared(tmp_path, max_train_steps=200).plan
+    assert (again.step_s, again.left_s) == (0.5, 100.0)
+    assert prepared(tmp_path, max_train_steps=100, train_batch_size=2).plan.step_s is None
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines[:1]))
+    assert prepared(tmp_path, max_train_steps=100).plan.step_s is None, "the first step warms up"
+
+
+def test_steps_before_the_plan_are_of_another_pace(tmp_path):
+    checkpoint(tmp_path / "output", 3, identity_of(asked(tmp_path).config))
+    write_down(prepared(tmp_path, max_train_steps=100))
+    (tmp_path / "output" / "metrics.jsonl").write_text('{"step": 2, "step_s": 7}\n{"step": 3, "step_s": 7}\n')
+    assert prepared(tmp_path, max_train_steps=100).plan.step_s is None
+    with open(tmp_path / "output" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "step_s": 7}\n{"step": 5, "step_s": 2}\n')
+    assert prepared(tmp_path, max_train_steps=100).plan.step_s == 2
+
+
+def test_caches_of_what_was_never_hashed(tmp_path):
+    """Unknown only where something is there: an empty cache holds nothing."""
+    found, output = prepared(tmp_path, train_batch_size=2), Output.open(tmp_path / "output")
+
+    def needs(keys, headers_only: bool) -> list[tuple[int, int, int, int]]:
+        memory = FileMemory() if headers_only else FileMemory(output.file_memory)
+        surveyed = survey_of(found.loaded, found.facts, memory, headers_only=headers_only)
+        listed = cache_needs(found.loaded, output, found.facts, surveyed, {}, keys)
+        return [(need.needed, need.hits, need.misses, need.unknown) for need in listed]
+
+    assert needs(None, True) == [(3, 0, 3, 0), (3, 0, 3, 0)]
+    keys = found.keys
+    TensorCache(output.text_folder(found.config, found.loaded.text_cache)).fill([(keys.text("a"), torch.zeros(2))])
+    latents = TensorCache(output.latent_folder(found.config, found.loaded.datasets[0]))
+    latents.fill([(keys.latent(found.survey.records[0]), torch.zeros(2))])
+    assert needs(keys, False) == [(3, 1, 2, 0), (3, 1, 2, 0)]
+    assert needs(keys, True) == [(3, 1, 2, 0), (3, 0, 0, 3)]
+    assert needs(None, False) == needs(None, True) == [(3, 0, 0, 3), (3, 0, 0, 3)]
+
+
+def test_the_nearest_folder_that_is_there(tmp_path):
+    assert existing(tmp_path / "a" / "b" / "c") == tmp_path == existing(tmp_path)

@@ -326,14 +326,25 @@ def test_variables_that_name_the_config_reach_the_trainer(ready):
         assert name.startswith("SIMPLETUNER") or f" {name}=mine" in ran.stdout
 
 
-def test_the_old_variable_files_are_read(ready):
+def test_the_old_variable_files_are_read_and_not_run(ready):
+    """What must be known before Python starts is taken from them; the trainer reads them whole."""
     ready.config("config/mine/config.json")
     (ready.work / "config" / "config.env").write_text(
-        "export ENV=mine\nMIXED_PRECISION=bf16\n[ -n $UNSET_NAME ]\nfalse\n"
+        "# ours\nexport ENV='mine'  # why\n[ -n $UNSET_NAME ]\nfalse\ntouch was-run\nMIXED_PRECISION=$(touch was-run)\n"
     )
-    (ready.work / "config" / "mine" / "config.env").write_text("MIXED_PRECISION=no\n")
+    (ready.work / "config" / "mine" / "config.env").write_text("CONFIG_PATH=config/mine\r\nTRAINING_NUM_MACHINES=1")
     ran = ready.run("train.sh")
-    assert ran.returncode == 0 and "MIXED_PRECISION=no CONFIG_PATH= ENV=mine" in ran.stdout
+    assert ran.returncode == 0 and "MIXED_PRECISION= CONFIG_PATH=config/mine ENV=mine" in ran.stdout
+    assert not (ready.work / "was-run").exists()
+    (ready.work / "config" / "mine" / "config.env").write_text('  TRAINING_NUM_PROCESSES="8"\n')
+    assert "TRAINING_NUM_PROCESSES is 8" in ready.run("train.sh").stderr
+
+
+@pytest.mark.parametrize("name", ["config.toml", "config/config.yaml", "config/config.env"])
+def test_a_config_of_another_format_is_one(ready, name):
+    (ready.work / "config").mkdir(exist_ok=True)
+    (ready.work / name).touch()
+    assert ready.run("train.sh").returncode == 0
 
 
 def test_the_environment_of_venv_path_is_used(checkout):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Annotated
 import typer
 
 from sana_tune import __version__
-from sana_tune.config.files import examples_dir, find_config, list_examples
-from sana_tune.errors import Interrupted, Problem, UserError
+from sana_tune.config.files import examples_dir, list_examples
+from sana_tune.errors import Interrupted, UserError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -20,8 +19,6 @@ app = typer.Typer(
 )  # fmt: skip
 examples = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List and copy the packaged examples.")
 app.add_typer(examples, name="examples")
-
-ONE = (None, "", "0", "1")  # values of TRAINING_NUM_PROCESSES that ask for one process
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -52,30 +49,96 @@ def train(
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin anew: set the checkpoints of output_dir aside.")
     ] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Show every setting and where it comes from, and end.")
+    ] = False,
 ) -> None:
     """Train. Every setting of config.json can be given as --key value or key=value and wins over the file.
 
-    Without --config, --env or --example: CONFIG_PATH, ./config.json, config/config.json, in this order.
+    Without --config, --env or --example: CONFIG_PATH, ./config.json, config/config.json, in this order
+    (or .toml, .yaml, .env).
     """
-    from sana_tune.config.load import load, parse_overrides  # pydantic: not for --help
+    from sana_tune.cli.loading import load_asked  # pydantic: not for --help
 
-    overrides = parse_overrides(context.args)
-    env, example = overrides.pop("env", env), overrides.pop("example", example)
-    _check_processes()
-    path, notes = find_config(config, env, example, os.environ, Path.cwd())
-    loaded = load(path, overrides)
+    loaded, notes = load_asked(context.args, config, env, example)
+    if print_config:
+        from sana_tune.cli.print_config import config_lines
+
+        return typer.echo("\n".join(config_lines(loaded)))
     from sana_tune.run import run  # seconds of torch: only now that the files are known to be right
 
     run(loaded, notes=notes, restart=restart)
 
 
-def _check_processes() -> None:
-    """Raise UserError where the environment asks for more than this one process."""
-    asked = {name: os.environ.get(name) for name in ("TRAINING_NUM_PROCESSES", "TRAINING_NUM_MACHINES")}
-    what = "training runs in one process for now; found {}"
-    problems = [Problem(name, what.format(value), "unset it") for name, value in asked.items() if value not in ONE]
-    if problems:
-        raise UserError(*problems)
+@app.command("options", context_settings={"ignore_unknown_options": True})  # so that --learning_rate is a NAME too
+def options(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Settings, by any name.")] = None,
+    group: Annotated[str | None, typer.Option(metavar="GROUP", help="List one group of settings.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print all as the page docs/options.md.")] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of config or multidatabackend (NAME).")
+    ] = False,
+) -> None:
+    """List the settings; explain those named, SimpleTuner's names included."""
+    from sana_tune.cli.options import show  # pydantic: not for --help
+
+    typer.echo(show(names or [], group=group, as_markdown=markdown, as_schema=schema), nl=False)
+
+
+@app.command()
+def configure(
+    images: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the pictures.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="ID", help="Hub id or folder of the model, or nano.")] = None,
+    captions: Annotated[str | None, typer.Option(help="textfile, filename or instanceprompt.")] = None,
+    subject: Annotated[str | None, typer.Option(metavar="TEXT", help="The caption of instanceprompt.")] = None,
+    vram: Annotated[str | None, typer.Option(metavar="GB", help="Memory of the GPU that will train, or cpu.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="full: every weight is trained.")] = None,
+    resolution: Annotated[str | None, typer.Option(metavar="PX", help="Size, or several: 1024,512.")] = None,
+    steps: Annotated[str | None, typer.Option(metavar="N", help='Length in steps, or "20 epochs".')] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Prompt of the previews.")] = None,
+    tracking: Annotated[str | None, typer.Option(help="none, wandb or tensorboard.")] = None,
+    output: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the run.")] = None,
+    config: Annotated[str | None, typer.Option(metavar="PATH", help="Config file to make or change.")] = None,
+    env: Annotated[str | None, typer.Option(metavar="NAME", help="Make or change config/NAME/config.json.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing: flags, and defaults for the rest.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+) -> None:
+    """Make config.json and multidatabackend.json by a few questions, or by flags; then check them.
+
+    A config that is there already is changed: its values are the defaults, and what is not asked is kept.
+    """
+    from sana_tune.cli.wizard import Wishes
+    from sana_tune.cli.wizard import configure as ask
+
+    flags = {
+        "pictures": images, "model": model, "captions": captions, "subject": subject, "target": vram,
+        "adapter": adapter, "resolutions": resolution, "length": steps, "prompt": prompt, "tracking": tracking,
+        "output": output,
+    }  # fmt: skip
+    given = {key: text for key, text in flags.items() if text is not None}
+    raise typer.Exit(ask(Wishes(given, config, env, yes, overwrite)))
+
+
+@app.command(context_settings=PASS_THROUGH)
+def check(
+    context: typer.Context,
+    config: Annotated[str | None, typer.Option(metavar="PATH", help="Config file.")] = None,
+    env: Annotated[str | None, typer.Option(metavar="NAME", help="Check config/NAME/config.json.")] = None,
+    example: Annotated[
+        str | None, typer.Option("--example", "-e", metavar="NAME", help="Check a packaged example.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")] = False,
+    images: Annotated[
+        bool, typer.Option("--images", help="Read every picture whole: torn files, equal ones, near-duplicates.")
+    ] = False,
+) -> None:
+    """Look a whole run over and end: all that is wrong, and all that will happen. Needs no GPU and no network.
+
+    Takes what train takes, --key value too. Exit code 0 when nothing is wrong, else 1.
+    """
+    from sana_tune.cli.check import check_asked  # pydantic: not for --help
+
+    raise typer.Exit(check_asked(context.args, config, env, example, as_json=json, images=images))
 
 
 @examples.command("list")

@@ -11,8 +11,18 @@ LR_SCHEDULERS: dict[str, str] = {
     "constant": "the learning rate throughout (with lr_warmup_steps above 0: constant_with_warmup)",
     "constant_with_warmup": "rises linearly for lr_warmup_steps, then constant",
     "linear": "warm-up, then falls linearly to 0 at the last step",
-    "cosine": "warm-up, then falls as half a cosine to 0 at the last step",
+    "polynomial": "warm-up, then falls as (1 - t)^lr_power to lr_end at the last step",
+    "cosine": "warm-up, then falls as half a cosine to lr_end at the last step",
 }
+
+# Names of the trainer that users come from, and why they are none here.
+REFUSED_LR_SCHEDULERS: dict[str, str] = {
+    "sine": "it swings on and on and does not end where the run ends; use cosine",
+}
+
+# lr_end of the schedules that use it, where the user names none. The others do not.
+LR_END_DEFAULTS: dict[str, float] = {"polynomial": 4e-7, "cosine": 0.0}
+LR_POWER_USED_BY: tuple[str, ...] = ("polynomial",)
 
 CAPTION_STRATEGIES: dict[str, str] = {
     "filename": "the file's name without its ending, underscores as spaces",

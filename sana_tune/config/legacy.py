@@ -61,16 +61,11 @@ LATER_TRAINING: dict[str, tuple[Any, ...]] = {
     "input_perturbation_steps": (),
     "layer_freeze_strategy": (),
     "loss_type": ("l2",),
-    "lr_end": (),
     "lr_num_cycles": (1, "1"),
-    "lr_power": (),
     "lr_scale": (),
     "lr_scale_sqrt": (),
     "masked_loss_probability": (1, 1.0),
     "max_num_samples": (),
-    "max_upscale_threshold": (),
-    "maximum_aspect_ratio": (),
-    "minimum_aspect_ratio": (),
     "mixflow_enabled": (),
     "num_machines": (1, "1"),
     "num_processes": (1, "1"),
@@ -273,7 +268,6 @@ NO_EFFECT: dict[str, str] = {
     "image_column": "it belongs to datasets of another type",
     "parquet": "it belongs to datasets of another type",
     "split": "it belongs to datasets of another type",
-    "crop_aspect_buckets": "it belongs to crop_aspect closest and random",
 }
 
 REFUSED: dict[str, str] = {
@@ -286,18 +280,34 @@ REFUSED: dict[str, str] = {
     "model_flavour": "name the repository: pretrained_model_name_or_path",
 }
 
+# SimpleTuner's optimizers that come in a later version.
+_LATER_OPTIMIZERS = (
+    *("adamw_bf16", "adamw_schedulefree", "adamw_schedulefree+aggressive", "adamw_schedulefree+no_kahan"),
+    *(f"torch-{name}" for name in ("adam", "sgd", "radam", "nadam", "rmsprop", "adagrad", "adadelta", "adafactor")),
+    *("ao-adamw8bit", "ao-adamw4bit", "ao-adamfp8", "ao-adamwfp8", "soap", "muon", "prodigy"),
+    *(f"optimi-{name}" for name in ("stableadamw", "lion", "radam", "adam", "ranger", "adan", "sgd")),
+    *(f"bnb-{name}" for name in ("adam", "adam8bit", "adagrad", "adagrad8bit")),
+    *(f"bnb-{name}{kind}" for name in ("adamw", "lion", "ademamix")
+      for kind in ("", "-8bit", "8bit", "-paged", "-8bit-paged", "8bit-paged")),
+)  # fmt: skip
+
 # Values of our own keys that users have and that come in a later version.
 LATER_VALUES: dict[str, dict[str, str]] = {
+    "optimizer": {name: f"use {'torch' if name.startswith('torch') else 'optimi'}-adamw" for name in _LATER_OPTIMIZERS},
     "model_type": {"lora": "LoKr (lora_type lycoris) is not built yet; use full"},
     "mixed_precision": {"fp16": "use bf16", "fp8": "use bf16"},
-    "crop_style": {"random": "use center", "corner": "use center", "face": "use center"},
-    "crop_aspect": {"preserve": "use crop: false or square", "closest": "use square", "random": "use square"},
-    "resolution_type": {"pixel": "use pixel_area", "area": "use pixel_area with the side in px"},
+    "crop_style": {"face": "use center, or random"},
     "type": {"aws": "use local", "csv": "use local", "huggingface": "use local", "webshart": "use local"},
     "metadata_backend": {"parquet": "use discovery", "huggingface": "use discovery"},
     "caption_strategy": {"parquet": "use textfile", "csv": "use textfile", "huggingface": "use textfile"},
+    "lr_scheduler": {"cosine_with_restarts": "use cosine", "inverse_sqrt": "use cosine or polynomial"},
     "small_buckets": {"merge": "use fill", "drop": "use fill", "error": "use fill"},
     "dataset_type": {"conditioning": "masks are not built yet", "eval": "held-out loss is not built yet"},
+}
+
+# Entries of multidatabackend.json that are passed over with a note.
+IGNORED_DATASET_TYPES: dict[str, str] = {
+    "image_embeds": "latents need no entry of their own; each dataset's cache_dir_vae says where they go",
 }
 
 # Spellings that mean the same value.

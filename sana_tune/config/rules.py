@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from sana_tune.config.choices import LR_END_DEFAULTS, LR_POWER_USED_BY
 from sana_tune.config.datasets import ImageDataset
 from sana_tune.config.schema import Config
 from sana_tune.errors import Problem
@@ -41,7 +42,119 @@ def downsample_needs_both(config: Config, dataset: ImageDataset) -> Problem | No
     return None
 
 
-DATASET_RULES: tuple[Rule, ...] = (needs_instance_prompt, downsample_needs_both)
+def sizes_are_in_their_unit(config: Config, dataset: ImageDataset) -> Problem | None:
+    """A size that nobody can mean is in the wrong unit: px where megapixels are due, or the other way round."""
+    kind = dataset.resolution_type
+    for key, most_megapixels in _SIZES.items():
+        value = vars(dataset)[key]
+        if not value:
+            continue
+        if kind == "area" and value > most_megapixels:
+            what = f"resolution_type area is in megapixels, and {key} is {value:g}"
+            fix = f"use resolution_type pixel_area for px, or give megapixels (1024x1024 px are {1024**2 / 1e6:.3g})"
+            return Problem(f"dataset {dataset.id}: {key}", what, fix)
+        if kind != "area" and value < _LEAST_PX:
+            what = f"resolution_type {kind} is in px, and {key} is {value:g}"
+            fix = "use resolution_type area for megapixels, or give px, such as 1024"
+            return Problem(f"dataset {dataset.id}: {key}", what, fix)
+    return None
+
+
+# Size → the most megapixels that anybody can mean; above it are edges in px. A maximum may be that of a scanner.
+_SIZES = {"resolution": 64, "minimum_image_size": 64, "maximum_image_size": 512, "target_downsample_size": 64}
+_LEAST_PX = 8  # the least VAE factor; below it are megapixels
+
+
+def aspects_need_buckets(config: Config, dataset: ImageDataset) -> Problem | None:
+    """crop_aspect closest and random choose among crop_aspect_buckets."""
+    if dataset.crop and dataset.crop_aspect in ("closest", "random") and not dataset.crop_aspect_buckets:
+        return Problem(
+            f"dataset {dataset.id}",
+            f"crop_aspect {dataset.crop_aspect} needs crop_aspect_buckets, the aspect ratios to choose from",
+            'add "crop_aspect_buckets": [0.75, 1.0, 1.33], or use crop_aspect preserve or square',
+        )
+    return None
+
+
+def aspects_in_order(config: Config, dataset: ImageDataset) -> Problem | None:
+    """minimum_aspect_ratio must not be above maximum_aspect_ratio: no picture is between them."""
+    least, most = dataset.minimum_aspect_ratio, dataset.maximum_aspect_ratio
+    if least is not None and most is not None and least > most:
+        return Problem(
+            f"dataset {dataset.id}",
+            f"minimum_aspect_ratio must not be above maximum_aspect_ratio; found {least:g} and {most:g}",
+            "aspect ratios are width / height: portraits are below 1, landscapes above; swap the two or drop one",
+        )
+    return None
+
+
+def sizes_in_order(config: Config, dataset: ImageDataset) -> Problem | None:
+    """minimum ≤ maximum, and with crop: resolution ≤ target_downsample_size ≤ maximum_image_size."""
+    least, most, wanted = dataset.minimum_image_size, dataset.maximum_image_size, dataset.target_downsample_size
+    where = f"dataset {dataset.id}"
+    if least and most and least > most:
+        what = f"minimum_image_size must not be above maximum_image_size; found {least:g} and {most:g}"
+        fix = "maximum_image_size leaves nothing out: above it, pictures are resized before the crop; raise or drop it"
+        return Problem(where, what, fix)
+    if not dataset.crop or not wanted:
+        return None
+    if wanted < dataset.resolution:
+        what = f"target_downsample_size must not be below resolution; found {wanted:g} and {dataset.resolution:g}"
+        return Problem(where, what, "a crop of the resolution must fit in: raise it, or drop it and maximum_image_size")
+    if most and wanted > most:
+        what = f"target_downsample_size must not be above maximum_image_size; found {wanted:g} and {most:g}"
+        return Problem(where, what, "pictures between the two would be enlarged: lower it, or raise maximum_image_size")
+    return None
+
+
+DATASET_RULES: tuple[Rule, ...] = (
+    needs_instance_prompt,
+    sizes_are_in_their_unit,
+    downsample_needs_both,
+    sizes_in_order,
+    aspects_need_buckets,
+    aspects_in_order,
+)
+
+
+def end_below_start(config: Config) -> Problem | None:
+    """A schedule that falls must end below where it starts."""
+    wanted = config.optimizer
+    if wanted.lr_scheduler not in LR_END_DEFAULTS:
+        return None
+    end = LR_END_DEFAULTS[wanted.lr_scheduler] if wanted.lr_end is None else wanted.lr_end
+    if end < wanted.learning_rate:
+        return None
+    found = f"{end:g}" if wanted.lr_end is not None else f"{end:g} (the default of {wanted.lr_scheduler})"
+    return Problem(
+        "lr_end",
+        f"must be below learning_rate {wanted.learning_rate:g}; found {found}",
+        "set a lower lr_end, such as 0, or a higher learning_rate",
+    )
+
+
+def unused_schedule_settings(config: Config) -> list[str]:
+    """Notes on settings of a learning-rate schedule that is not the chosen one."""
+    wanted, notes = config.optimizer, []
+    if wanted.lr_end is not None and wanted.lr_scheduler not in LR_END_DEFAULTS:
+        notes.append(
+            f"lr_end has no effect with lr_scheduler {wanted.lr_scheduler}: {' and '.join(LR_END_DEFAULTS)} use it"
+        )
+    if "lr_power" in wanted.model_fields_set and wanted.lr_scheduler not in LR_POWER_USED_BY:
+        notes.append(f"lr_power has no effect with lr_scheduler {wanted.lr_scheduler}: it is for polynomial")
+    return notes
+
+
+def unused_crop_settings(dataset: ImageDataset) -> list[str]:
+    """Notes on crop settings that do nothing beside the others."""
+    if not dataset.crop:
+        if dataset.crop_aspect != "square" or dataset.crop_aspect_buckets:
+            asked = "crop_aspect" if dataset.crop_aspect != "square" else "crop_aspect_buckets"
+            return [f"dataset {dataset.id}: {asked} has no effect with crop: false; pictures keep their own aspect"]
+    elif dataset.crop_aspect_buckets and dataset.crop_aspect not in ("closest", "random"):
+        aspect = dataset.crop_aspect
+        return [f"dataset {dataset.id}: crop_aspect_buckets has no effect with crop_aspect {aspect}"]
+    return []
 
 
 def bf16_needs_kahan(config: Config) -> Problem | None:
@@ -56,11 +169,16 @@ def bf16_needs_kahan(config: Config) -> Problem | None:
     return None
 
 
+CONFIG_RULES: tuple[Callable[[Config], Problem | None], ...] = (bf16_needs_kahan, end_below_start)
+
+
 def check_rules(config: Config, datasets: Sequence[ImageDataset], notes: list[str]) -> list[Problem]:
     """All problems between settings; what only needs saying is appended to `notes`."""
     problems = [problem for dataset in datasets for rule in DATASET_RULES if (problem := rule(config, dataset))]
-    if (problem := bf16_needs_kahan(config)) is not None:
-        problems.append(problem)
+    problems += [problem for rule in CONFIG_RULES if (problem := rule(config))]
+    notes += unused_schedule_settings(config)
+    for dataset in datasets:
+        notes += unused_crop_settings(dataset)
     inert = [
         dataset.id
         for dataset in datasets

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from sana_tune.config.choices import CAPTION_STRATEGIES, LR_SCHEDULERS, OPTIMIZERS
+from sana_tune.config.choices import CAPTION_STRATEGIES, LR_SCHEDULERS, OPTIMIZERS, REFUSED_LR_SCHEDULERS
 from sana_tune.config.values import Resolution, named, parse_instruction, parse_resolutions
 
 
@@ -20,13 +20,13 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
-def setting(default: Any, help: str, **limits: Any) -> Any:
-    """One setting: its default, its help line, and pydantic limits (ge, le, gt, lt, min_length)."""
-    return Field(default, description=help, **limits)
+def setting(default: Any, help: str, *, unit: str | None = None, **limits: Any) -> Any:
+    """One setting: its default, its help line, its unit, and pydantic limits (ge, le, gt, lt, min_length)."""
+    return Field(default, description=help, json_schema_extra={"unit": unit} if unit else None, **limits)
 
 
 OptimizerName = Annotated[str, AfterValidator(named(OPTIMIZERS, "optimizer"))]
-SchedulerName = Annotated[str, AfterValidator(named(LR_SCHEDULERS, "learning-rate schedule"))]
+SchedulerName = Annotated[str, AfterValidator(named(LR_SCHEDULERS, "learning-rate schedule", REFUSED_LR_SCHEDULERS))]
 CaptionStrategy = Annotated[str, AfterValidator(named(CAPTION_STRATEGIES, "caption strategy"))]
 Resolutions = Annotated[tuple[Resolution, ...], BeforeValidator(parse_resolutions)]
 Instruction = Annotated[str, BeforeValidator(parse_instruction)]
@@ -43,27 +43,37 @@ class ModelConfig(Section):
         "auto", "dtype of the trained weights; auto = fp32 masters"
     )
     gradient_checkpointing: bool = setting(True, "recompute blocks in the backward pass to save memory")
-    gradient_checkpointing_interval: int = setting(1, "checkpoint blocks 0, n, 2n …; 1 = every block", ge=1)
+    gradient_checkpointing_interval: int = setting(
+        1, "checkpoint blocks 0, n, 2n …; 1 = every block", unit="blocks", ge=1
+    )
     sana_complex_human_instruction: Instruction | None = setting(
-        None, 'text put before every caption; unset = diffusers\' own, "None" = no instruction'
+        None, 'text put before every caption; unset = diffusers\' own; "None" = no instruction'
     )
     prompt_case: Literal["lower", "keep"] = setting(
         "lower", "lower-case captions and prompts as diffusers' pipeline does"
     )
 
 
-class DataConfig(Section):
-    data_backend_config: str = setting(..., "path of multidatabackend.json, the list of datasets", min_length=1)
-    train_batch_size: int = setting(1, "pictures per micro-batch; a dataset can have its own", ge=1)
-    resolution: float = setting(1024, "size of training pictures, px (pixel_area)", gt=0)
-    resolution_type: Literal["pixel_area"] = setting("pixel_area", "pixel_area: area of resolution² px")
-    minimum_image_size: float | None = setting(None, "smaller pictures are left out; px (pixel_area)", ge=0)
-    maximum_image_size: float | None = setting(None, "with crop: larger ones go through target_downsample_size", ge=0)
-    target_downsample_size: float | None = setting(None, "with crop: size before the crop of larger pictures", ge=0)
-    aspect_bucket_alignment: int | None = setting(
-        None, "bucket sides are multiples of this, px; unset = VAE factor", ge=1
+class PictureSettings(Section):
+    """Settings of a picture dataset that config.json can give for all of them; a dataset's own win."""
+
+    train_batch_size: int = setting(1, "pictures per micro-batch", unit="pictures", ge=1)
+    resolution: float = setting(1024, "size of training pictures, in the unit of resolution_type", gt=0)
+    resolution_type: Literal["pixel_area", "area", "pixel"] = setting(
+        "pixel_area", "pixel_area: area of resolution² px; area: megapixels; pixel: the shorter side in px"
     )
-    aspect_bucket_rounding: int = setting(2, "decimals of the aspect ratio", ge=1, le=9)
+    minimum_image_size: float | None = setting(
+        None, "smaller pictures are left out; in the unit of resolution_type", ge=0
+    )
+    maximum_image_size: float | None = setting(
+        None, "with crop: larger pictures are resized to target_downsample_size before the crop", ge=0
+    )
+    target_downsample_size: float | None = setting(
+        None, "with crop: size of pictures above maximum_image_size before the crop", ge=0
+    )
+    max_upscale_threshold: float | None = setting(
+        None, "leave out pictures that would be enlarged by more than this share of their side; 0.2 = 20 %", ge=0
+    )
     caption_strategy: CaptionStrategy = setting("filename", "where captions come from")
     instance_prompt: str | tuple[str, ...] | None = setting(None, "the caption of instanceprompt")
     prepend_instance_prompt: bool = setting(False, "put instance_prompt before every caption")
@@ -71,14 +81,24 @@ class DataConfig(Section):
     disable_multiline_split: bool = setting(False, "a caption file is one caption, not one per line")
     missing_caption: Literal["error", "skip", "empty"] = setting("error", "what to do with a picture without caption")
     small_buckets: Literal["fill"] = setting("fill", "a bucket smaller than a batch is filled from itself")
+    vae_batch_size: int = setting(4, "pictures per VAE encode", unit="pictures", ge=1)
+    write_batch_size: int = setting(128, "items per cache shard", unit="items", ge=1)
+
+
+class DataConfig(PictureSettings):
+    data_backend_config: str = setting(..., "path of multidatabackend.json, the list of datasets", min_length=1)
+    aspect_bucket_alignment: int | None = setting(
+        None, "bucket sides are multiples of this; unset = the VAE's factor (32 for Sana)", unit="px", ge=1
+    )
+    aspect_bucket_rounding: int = setting(2, "decimals of the aspect ratio", ge=1, le=9)
     caption_dropout_probability: float = setting(0.1, "share of samples trained on the empty caption", ge=0, le=1)
-    data_backend_sampling: Literal["auto-weighting", "uniform"] = setting("auto-weighting", "how datasets take turns")
+    data_backend_sampling: Literal["auto-weighting", "uniform"] = setting(
+        "auto-weighting", "how datasets take turns: by probability × size, or by probability alone"
+    )
     cache_dir: str | None = setting(None, "root of the caches; unset = <output_dir>/cache")
     cache_dir_text: str | None = setting(None, "text cache; unset = <cache_dir>/text")
     cache_dir_vae: str | None = setting(None, "latent cache root; unset = <cache_dir>/vae/<dataset>")
-    vae_batch_size: int = setting(4, "pictures per VAE encode", ge=1)
-    text_encoder_batch_size: int = setting(8, "captions per text-encoder forward", ge=1)
-    write_batch_size: int = setting(128, "items per cache shard", ge=1)
+    text_encoder_batch_size: int = setting(8, "captions per text-encoder forward", unit="captions", ge=1)
 
 
 class FlowConfig(Section):
@@ -98,54 +118,68 @@ class OptimizerConfig(Section):
     optimizer_weight_decay: float | None = setting(None, "weight decay; unset = the optimizer's default", ge=0)
     optimizer_epsilon: float | None = setting(None, "epsilon; unset = the optimizer's default", gt=0)
     lr_scheduler: SchedulerName = setting("constant_with_warmup", "shape of the learning rate over the run")
-    lr_warmup_steps: int = setting(0, "optimizer steps of linear warm-up", ge=0)
+    lr_end: float | None = setting(
+        None, "learning rate at the last step of polynomial and cosine; unset = 4e-7 for polynomial, 0 for cosine", ge=0
+    )
+    lr_power: float = setting(0.8, "power of polynomial; 1 = a straight line", gt=0)
+    lr_warmup_steps: int = setting(0, "optimizer steps of linear warm-up", unit="steps", ge=0)
     max_grad_norm: float = setting(0.1, "clip the gradient's norm to this; 0 = no clipping", ge=0)
     grad_clip_method: Literal["norm", "value"] = setting("norm", "clip the whole gradient's norm, or each element")
 
 
 class TrainConfig(Section):
     output_dir: str = setting("output", "folder for checkpoints, pictures and logs", min_length=1)
-    max_train_steps: int | None = setting(None, "optimizer steps; 0 or unset = by epochs", ge=0)
-    num_train_epochs: float | None = setting(None, "passes over the data; both given: the first reached stops", ge=0)
-    gradient_accumulation_steps: int = setting(1, "micro-batches per optimizer step", ge=1)
+    max_train_steps: int | None = setting(None, "optimizer steps; 0 or unset = by epochs", unit="steps", ge=0)
+    num_train_epochs: float | None = setting(
+        None, "passes over the data; both given: the first reached stops", unit="epochs", ge=0
+    )
+    gradient_accumulation_steps: int = setting(1, "micro-batches per optimizer step", unit="micro-batches", ge=1)
     seed: int = setting(0, "seed of everything random", ge=0)
-    checkpoint_step_interval: int = setting(500, "steps between checkpoints; 0 = only the last", ge=0)
-    checkpoints_total_limit: int = setting(5, "checkpoints kept; 0 = all", ge=0)
+    checkpoint_step_interval: int = setting(500, "steps between checkpoints; 0 = only the last", unit="steps", ge=0)
+    checkpoints_total_limit: int = setting(5, "checkpoints kept; 0 = all", unit="checkpoints", ge=0)
     resume_from_checkpoint: str | None = setting("latest", 'checkpoint to go on from: latest, a path, or "" for none')
-    max_bad_steps: int = setting(10, "stop after this many non-finite steps in a row", ge=1)
+    max_bad_steps: int = setting(10, "stop after this many non-finite steps in a row", unit="steps", ge=1)
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where to train")
 
 
 class EmaConfig(Section):
     use_ema: bool = setting(False, "keep an fp32 exponential moving average of the weights")
     ema_decay: float = setting(0.995, "decay, ramped as min(decay, (1+s)/(10+s))", ge=0, lt=1)
-    ema_update_interval: int = setting(1, "optimizer steps between updates; the decay is compensated", ge=1)
+    ema_update_interval: int = setting(
+        1, "optimizer steps between updates; the decay is compensated", unit="steps", ge=1
+    )
 
 
 class ValidationConfig(Section):
     validation_prompt: str | None = setting(None, "main prompt drawn at each validation")
     user_prompt_library: str | None = setting(None, "path of a JSON file {nickname: prompt}")
     validation_negative_prompt: str = setting("", "negative prompt of the guidance")
-    validation_resolution: Resolutions = setting((), "N or WxH px, comma separated; unset = the model's size")
+    validation_resolution: Resolutions = setting(
+        (), "N or WxH px, comma separated; unset = the model's size", unit="px"
+    )
     validation_guidance: float = setting(4.5, "classifier-free guidance scale", ge=0)
-    validation_num_inference_steps: int = setting(20, "steps of the sampler", ge=1)
+    validation_num_inference_steps: int = setting(20, "steps of the sampler", unit="steps", ge=1)
     validation_seed: int | None = setting(None, "seed of the pictures; unset = seed")
-    validation_step_interval: int = setting(500, "optimizer steps between validations; 0 = only start and end", ge=0)
-    num_validation_images: int = setting(1, "pictures per prompt and resolution, seeds counted up", ge=1)
+    validation_step_interval: int = setting(
+        500, "optimizer steps between validations; 0 = only start and end", unit="steps", ge=0
+    )
+    num_validation_images: int = setting(
+        1, "pictures per prompt and resolution, seeds counted up", unit="pictures", ge=1
+    )
     validation_disable: bool = setting(False, "draw no validation pictures at all")
     disable_benchmark: bool = setting(False, "draw no pictures of the base model before step 1")
 
 
 class Config(Section):
-    """What was asked, whole. `sections` by name; `datasets` from multidatabackend.json stands beside it."""
+    """What was asked, whole, in groups; the descriptions are their titles. multidatabackend.json stands beside it."""
 
-    model: ModelConfig
-    data: DataConfig
-    flow: FlowConfig
-    optimizer: OptimizerConfig
-    train: TrainConfig
-    ema: EmaConfig
-    validation: ValidationConfig
+    model: ModelConfig = Field(description="Model and precision")
+    data: DataConfig = Field(description="Data")
+    flow: FlowConfig = Field(description="Noise schedule")
+    optimizer: OptimizerConfig = Field(description="Optimizer and learning rate")
+    train: TrainConfig = Field(description="Run, length and checkpoints")
+    ema: EmaConfig = Field(description="Average of the weights (EMA)")
+    validation: ValidationConfig = Field(description="Validation pictures")
 
 
 SECTIONS: dict[str, type[Section]] = {name: field.annotation for name, field in Config.model_fields.items()}  # type: ignore[misc]

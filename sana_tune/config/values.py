@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -20,18 +21,34 @@ class Resolution(NamedTuple):
         return f"{self.width}x{self.height}"
 
 
+class AspectBucket(NamedTuple):
+    """One of the aspect ratios (width / height) that pictures may be cropped to, and its weight in a random draw."""
+
+    aspect: float
+    weight: float = 1.0
+
+
+# Aspect ratios beyond these are slips (pixels, or a percentage) and no shapes of pictures.
+NARROWEST, WIDEST = 0.05, 20.0
+
+
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The name most like `name`, or None when nothing comes near."""
     found = difflib.get_close_matches(name.lower(), list(names), n=1, cutoff=0.6)
     return found[0] if found else None
 
 
-def named(table: Mapping[str, str], kind: str) -> Callable[[str], str]:
-    """A validator that accepts the names of `table` and otherwise tells the nearest one."""
+def named(table: Mapping[str, str], kind: str, refused: Mapping[str, str] | None = None) -> Callable[[str], str]:
+    """A validator that accepts the names of `table` and otherwise tells the nearest one.
+
+    refused: names that users may have from elsewhere, with the reason and what to use instead.
+    """
 
     def check(value: str) -> str:
         if value in table:
             return value
+        if refused and value in refused:
+            raise ValueError(f"the {kind} {value!r} cannot be used: {refused[value]}")
         guess = nearest(value, table)
         hint = f"did you mean {guess!r}? " if guess else ""
         raise ValueError(f"no {kind} has the name {value!r}; {hint}known: {', '.join(table)}")
@@ -54,6 +71,59 @@ def parse_resolutions(value: Any) -> tuple[Resolution, ...]:
             raise ValueError(f"a size is N or WxH in px, such as 1024 or 1280x768; found {str(part)!r}")
         found.append(Resolution(int(match[1]), int(match[2] or match[1])))
     return tuple(found)
+
+
+def parse_aspect_buckets(value: Any) -> tuple[AspectBucket, ...]:
+    """Read [0.75, 1.0, {"aspect": 1.5, "weight": 2}]. None and an empty list are none. Raises ValueError."""
+    if value is None or value == "":
+        return ()
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"must be a list of aspect ratios, such as [0.75, 1.0, 1.5]; found {_shown(value)}")
+    found = tuple(_aspect_bucket(part) for part in value)
+    seen = [bucket.aspect for bucket in found]
+    twice = next((aspect for aspect in seen if seen.count(aspect) > 1), None)
+    if twice is not None:
+        raise ValueError(f"every aspect ratio must stand there once; {twice:g} stands there {seen.count(twice)} times")
+    return found
+
+
+def _aspect_bucket(value: Any) -> AspectBucket:
+    if isinstance(value, AspectBucket):
+        return value
+    if not isinstance(value, Mapping):
+        return AspectBucket(_aspect(value))
+    strange = [key for key in value if key not in AspectBucket._fields]
+    if strange or "aspect" not in value:
+        raise ValueError(f'an entry is a number or {{"aspect": 1.5, "weight": 2}}; found {_shown(dict(value))}')
+    weight = _number(value.get("weight", 1.0))
+    if weight is None or not 0 < weight < math.inf:
+        raise ValueError(f"a weight must be a number greater than 0; found {_shown(value['weight'])}")
+    return AspectBucket(_aspect(value["aspect"]), weight)
+
+
+def _aspect(value: Any) -> float:
+    number = _number(value)
+    if number is not None and NARROWEST <= number <= WIDEST:
+        return number
+    must = f"an aspect ratio is width / height, a number from {NARROWEST:g} to {WIDEST:g}"
+    sides = re.fullmatch(r"\s*(\d+)\s*[:/xX×]\s*(\d+)\s*", value) if isinstance(value, str) else None
+    hint = f" (write {int(sides[1]) / int(sides[2]):.4g})" if sides and int(sides[2]) else ""
+    raise ValueError(f"{must}; found {_shown(value)}{hint}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _number(value: Any) -> float | None:
+    """A number, or the number that a text says; None when it is neither."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
 
 
 def parse_instruction(value: Any) -> Any:

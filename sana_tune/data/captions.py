@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from posixpath import basename, splitext
 
 from sana_tune.data.sources import CAPTION_ENDING
 
@@ -51,6 +51,11 @@ def captions_of(key: str, read: ReadFile, rules: CaptionRules) -> tuple[str, ...
     return tuple(caption for caption in cleaned if caption) or Missing("its caption is empty")
 
 
+def reads_files(rules: CaptionRules) -> bool:
+    """Whether captions are in files beside the pictures."""
+    return rules.strategy == "textfile" and not rules.only
+
+
 def clean_caption(text: str, case: str) -> str:
     """The text as the encoder gets it: stripped, and lower-cased unless case is "keep".
 
@@ -61,7 +66,7 @@ def clean_caption(text: str, case: str) -> str:
 
 def from_file_name(key: str, read: ReadFile, rules: CaptionRules) -> tuple[str, ...] | Missing:
     """The file's name without its ending, underscores as spaces."""
-    return (PurePosixPath(key).stem.replace("_", " "),)
+    return (splitext(basename(key))[0].replace("_", " "),)
 
 
 def from_text_file(key: str, read: ReadFile, rules: CaptionRules) -> tuple[str, ...] | Missing:
@@ -86,7 +91,7 @@ def from_instance_prompt(key: str, read: ReadFile, rules: CaptionRules) -> tuple
 
 def caption_key(key: str) -> str:
     """The key of a picture's caption file: "cats/01.png" → "cats/01.txt"."""
-    return str(PurePosixPath(key).with_suffix(CAPTION_ENDING))
+    return splitext(key)[0] + CAPTION_ENDING
 
 
 STRATEGIES: dict[str, Callable[[str, ReadFile, CaptionRules], tuple[str, ...] | Missing]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ class FileMemory:
         self._facts: dict[str, tuple[int, int, dict[str, Any]]] = {}
         self._changed = False
         if path is not None and path.is_file():
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                self._remember_line(line)
+            for known in _known(path.read_text(encoding="utf-8", errors="replace")):
+                self._remember(known)
 
     def get(self, path: str, entry: Entry) -> dict[str, Any] | None:
         """The facts of a file, or None when it is new or was changed."""
-        size, mtime, facts = self._facts.get(path, (-1, -1, {}))
-        return facts if (size, mtime) == (entry.size_bytes, entry.mtime_ns) else None
+        known = self._facts.get(path)
+        if known is None or known[0] != entry.size_bytes or known[1] != entry.mtime_ns:
+            return None
+        return known[2]
 
     def put(self, path: str, entry: Entry, facts: dict[str, Any]) -> None:
         """Remember JSON-able facts of a file as it was when it was listed."""
@@ -42,10 +45,25 @@ class FileMemory:
         write_atomically(self.path, "".join(f"{line}\n" for line in lines).encode("utf-8"))
         self._changed = False
 
-    def _remember_line(self, line: str) -> None:
-        try:
-            path, size, mtime, facts = json.loads(line)
-        except (ValueError, TypeError):
+    def _remember(self, known: Any) -> None:
+        if isinstance(known, list) and len(known) == 4:
+            path, size, mtime, facts = known
+            if isinstance(path, str) and isinstance(facts, dict):
+                self._facts[path] = (size, mtime, facts)
+
+
+def _known(text: str) -> Iterator[Any]:
+    """What the lines of a memory say, those that can be read."""
+    lines = text.splitlines()
+    try:  # all at once takes a third of the time; it fails when one of them is damaged
+        together = json.loads(f"[{','.join(lines)}]")
+        if len(together) == len(lines):
+            yield from together
             return
-        if isinstance(path, str) and isinstance(facts, dict):
-            self._facts[path] = (size, mtime, facts)
+    except ValueError:
+        pass
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue

@@ -7,7 +7,11 @@ import json
 from dataclasses import dataclass
 from enum import Enum
 
-from sana_tune.data.geometry import Placement
+from sana_tune.data.geometry import CHANCE_BITS, Chance, Placement
+
+# Raised when data.images makes other pixels of the same bytes: the latents of before are not these pictures' then.
+# 2: embedded colour profiles are applied.
+DECODING = 2
 
 
 class Role(str, Enum):
@@ -25,7 +29,7 @@ class Record:
     key:          its path inside the dataset, with forward slashes ("cats/01.png").
     width_px, height_px: its size after EXIF orientation.
     captions:     its caption variants, at least one; one is drawn per visit.
-    content_hash: hash of the file's bytes (hex).
+    content_hash: hash of the file's bytes (hex); None when only its header was read (survey's headers_only).
     placement:    how it is resized and cropped; its target is its bucket.
     """
 
@@ -34,7 +38,7 @@ class Record:
     width_px: int
     height_px: int
     captions: tuple[str, ...]
-    content_hash: str
+    content_hash: str | None
     placement: Placement
     mask_key: str | None = None
     role: Role = Role.TRAIN
@@ -56,10 +60,22 @@ def content_hash(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
+def chance_of(seed: int, dataset: str, key: str) -> Chance:
+    """What chance decides of a picture's crop: a function of the seed, the dataset and the picture's key alone."""
+    bits = int(digest("crop", seed, dataset, key), 16)
+    few = (1 << CHANCE_BITS) - 1
+    return Chance(bits & few, bits >> CHANCE_BITS & few, bits >> 2 * CHANCE_BITS & few)
+
+
 def latent_key(record: Record, encoder_identity: str) -> str:
-    """Key of a picture's latent: the picture's bytes, resize and crop, and who encoded it how."""
+    """Key of a picture's latent: the picture's bytes, how they are decoded, resize and crop, who encoded it how.
+
+    Raises ValueError for a picture that was never hashed.
+    """
+    if record.content_hash is None:
+        raise ValueError(f"{record.id} was never hashed: only its header was read")
     place = record.placement
-    return digest("latent", record.content_hash, [*place.resize], [*place.crop_box], encoder_identity)
+    return digest("latent", DECODING, record.content_hash, [*place.resize], [*place.crop_box], encoder_identity)
 
 
 def text_key(caption: str, encoder_identity: str) -> str:

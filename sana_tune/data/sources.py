@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from posixpath import splitext
 
 from sana_tune.store import Entry
 
@@ -32,7 +32,7 @@ def sort_out(entries: Iterable[Entry]) -> Listing:
     """Part the files of a store into pictures, caption files and the rest; order is kept."""
     pictures, captions, others = [], [], []
     for entry in entries:
-        ending = PurePosixPath(entry.key).suffix.lower()
+        ending = splitext(entry.key)[1].lower()
         if ending in PICTURE_ENDINGS:
             pictures.append(entry)
         elif ending == CAPTION_ENDING:

@@ -1,8 +1,8 @@
 """List, measure and caption every picture: datasets → records, and a ledger that balances. No torch.
 
-Reads headers and hashes bytes, and only of files it does not remember by path, size and modification time. It
-decodes nothing, so a picture whose header is fine and whose body is torn shows when it is encoded:
-`Survey.without` takes it out then.
+Reads headers and hashes bytes, or reads headers alone, and only of files it does not remember by path, size and
+modification time. It decodes nothing, so a picture whose header is fine and whose body is torn shows when it is
+encoded: `Survey.without` takes it out then.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from sana_tune.config.datasets import ImageDataset
-from sana_tune.data.captions import CaptionRules, Missing, captions_of
-from sana_tune.data.geometry import Rules, Size, place, too_small
+from sana_tune.data.captions import CaptionRules, Missing, caption_key, captions_of, reads_files
+from sana_tune.data.geometry import Rules, Size, place, unfit
 from sana_tune.data.memory import FileMemory
-from sana_tune.data.records import Record, Role, content_hash
+from sana_tune.data.records import Record, Role, chance_of, content_hash
 from sana_tune.data.sources import PICTURE_ENDINGS, Listing, sort_out
 from sana_tune.errors import Problem, UserError
 from sana_tune.store import Entry, FolderStore
@@ -97,13 +98,16 @@ def survey(
     prompt_case: str,
     memory: FileMemory,
     report: Report | None = None,
+    seed: int = 0,
+    headers_only: bool = False,
 ) -> Survey:
     """Look at every picture of the datasets that are not disabled.
 
-    alignment: bucket sides are multiples of this, px. rounding: decimals of aspect ratios. prompt_case:
-    "lower" or "keep". report(dataset, done, total) is called as pictures are looked at, from the calling
-    thread. Mistakes come back as `problems`, all of them; only a file system that fails midway raises
-    UserError.
+    alignment: bucket sides are multiples of this, px. rounding: decimals of aspect ratios. prompt_case: "lower" or
+    "keep". seed: of random crops and aspects. headers_only: measure pictures without reading them whole; records of
+    those that were never read whole have no content_hash. report(dataset, done, total) is called as pictures are
+    looked at, from the calling thread. Mistakes come back as `problems`, all of them; only a file system that fails
+    midway raises UserError.
     """
     active = [dataset for dataset in datasets if not dataset.disabled]
     problems = _repeated_ids(active)
@@ -114,7 +118,9 @@ def survey(
     try:
         for dataset in (dataset for dataset in active if dataset is first_of[dataset.id]):
             rules = rules_of(dataset, alignment, rounding)
-            parts.append(_survey_one(dataset, rules, _caption_rules(dataset, prompt_case), memory, report))
+            store = FolderStore(dataset.instance_data_dir)
+            files = _Files(store, memory, _caption_rules(dataset, prompt_case), headers_only)
+            parts.append(_survey_one(dataset, files, partial(_judge, dataset, rules, seed), report))
     finally:
         memory.save()
     return Survey(
@@ -125,18 +131,22 @@ def survey(
 
 
 def rules_of(dataset: ImageDataset, alignment: int, rounding: int) -> Rules:
-    """The geometry of a dataset."""
+    """The geometry of a dataset. Unless it says otherwise, it is cropped at random with `crop`, else at the center."""
     return Rules(
         resolution=dataset.resolution,
         resolution_type=dataset.resolution_type,
         crop=dataset.crop,
-        crop_style=dataset.crop_style,
+        crop_style=dataset.crop_style or ("random" if dataset.crop else "center"),
         crop_aspect=dataset.crop_aspect,
+        crop_aspect_buckets=dataset.crop_aspect_buckets,
         alignment=alignment,
         rounding=rounding,
         minimum_image_size=dataset.minimum_image_size,
         maximum_image_size=dataset.maximum_image_size,
         target_downsample_size=dataset.target_downsample_size,
+        minimum_aspect_ratio=dataset.minimum_aspect_ratio,
+        maximum_aspect_ratio=dataset.maximum_aspect_ratio,
+        max_upscale_threshold=dataset.max_upscale_threshold,
     )
 
 
@@ -153,21 +163,23 @@ def _caption_rules(dataset: ImageDataset, case: str) -> CaptionRules:
 
 
 def _survey_one(
-    dataset: ImageDataset, rules: Rules, captions: CaptionRules, memory: FileMemory, report: Report | None
+    dataset: ImageDataset,
+    files: _Files,
+    judge: Callable[[str, _Seen], Record | str],
+    report: Report | None,
 ) -> Survey:
-    """The survey of one dataset."""
-    store = FolderStore(dataset.instance_data_dir)
+    """The survey of one dataset. judge(key, what was seen) → its record, or why it is left out."""
     try:
-        listing = sort_out(store.list())
+        listing = sort_out(files.store.list())
     except UserError as error:
         told = (replace(problem, where=f"dataset {dataset.id}: {problem.where}") for problem in error.problems)
         return Survey((), Ledger((DatasetLedger(dataset.id, 0, 0),)), tuple(told))
-    files = _Files(store, memory, {entry.key: entry for entry in listing.captions})
+    files.captions.update({entry.key: entry for entry in listing.captions})
     records: list[Record] = []
     left_out: list[tuple[str, str]] = []
     uncaptioned: list[str] = []
-    for done, (entry, seen) in enumerate(_looked_at(listing.pictures, files, captions, memory), start=1):
-        outcome = _judge(dataset, rules, entry.key, seen)
+    for done, (entry, seen) in enumerate(_looked_at(listing.pictures, files), start=1):
+        outcome = judge(entry.key, seen)
         if isinstance(outcome, Record):
             records.append(outcome)
         else:
@@ -190,29 +202,57 @@ def _survey_one(
 
 @dataclass(frozen=True)
 class _Files:
-    """The files of a dataset, each read at most once for as long as it does not change."""
+    """The files of a dataset, each read at most once for as long as it does not change.
+
+    captions: the caption files by key. headers_only: pictures are measured from their headers and not hashed.
+    """
 
     store: FolderStore
     memory: FileMemory
-    captions: Mapping[str, Entry]
+    rules: CaptionRules
+    headers_only: bool
+    captions: dict[str, Entry] = field(default_factory=dict)
 
-    def picture(self, entry: Entry) -> dict[str, Any]:
-        """hash, width and height of a picture, or {"broken": reason}, which is not remembered."""
+    def look(self, entry: Entry) -> _Seen:
+        """What there is to know of a picture, read where it is not remembered."""
+        if _printable(entry.key) != entry.key:
+            return _Seen({"broken": "has a name that is not UTF-8; rename it"}, ())
+        facts = self.remembered(entry) or self.read_picture(entry)
+        return _Seen(facts, () if "broken" in facts else captions_of(entry.key, self.caption, self.rules))
+
+    def is_new(self, entry: Entry) -> bool:
+        """Whether a look at the picture reads a file."""
+        if self.remembered(entry) is None:
+            return True
+        text = self.captions.get(caption_key(entry.key)) if reads_files(self.rules) else None
+        return text is not None and self.memory.get(self.store.locate(text.key), text) is None
+
+    def remembered(self, entry: Entry) -> Mapping[str, Any] | None:
+        """hash (if it was ever read whole), width and height of a picture, or None when that is not known."""
+        known = self.memory.get(self.store.locate(entry.key), entry)
+        if known is None or "width" not in known or "height" not in known:
+            return None
+        return known if self.headers_only or "hash" in known else None
+
+    def read_picture(self, entry: Entry) -> Mapping[str, Any]:
+        """The same, read and remembered; or {"broken": reason}, which is not remembered."""
         from sana_tune.data.images import BrokenImage, measure  # Pillow and numpy: not before they are needed
 
-        path = self.store.locate(entry.key)
-        known = self.memory.get(path, entry)
-        if known is not None and known.keys() >= {"hash", "width", "height"}:
-            return known
+        facts: dict[str, Any] = {}
         try:
-            data = self.store.read(entry.key)
-            size = measure(data)
+            if self.headers_only:
+                with self.store.open(entry.key) as file:
+                    size = measure(file)
+            else:
+                data = self.store.read(entry.key)
+                size = measure(data)
+                facts["hash"] = content_hash(data)
         except BrokenImage as error:
             return {"broken": error.reason}
         except UserError as error:
             return {"broken": error.problems[0].what}
-        facts = {"hash": content_hash(data), "width": size.width, "height": size.height}
-        self.memory.put(path, entry, facts)
+        facts.update(width=size.width, height=size.height)
+        self.memory.put(self.store.locate(entry.key), entry, facts)
         return facts
 
     def caption(self, key: str) -> bytes | None:
@@ -238,35 +278,30 @@ class _Seen:
     captions: tuple[str, ...] | Missing
 
 
-def _looked_at(
-    pictures: Sequence[Entry], files: _Files, rules: CaptionRules, memory: FileMemory
-) -> Iterator[tuple[Entry, _Seen]]:
-    """Each picture with what is found, in order; read by a few threads, remembered on disk as it goes."""
-
-    def look(entry: Entry) -> _Seen:
-        if _printable(entry.key) != entry.key:
-            return _Seen({"broken": "has a name that is not UTF-8; rename it"}, ())
-        facts = files.picture(entry)
-        return _Seen(facts, () if "broken" in facts else captions_of(entry.key, files.caption, rules))
-
+def _looked_at(pictures: Sequence[Entry], files: _Files) -> Iterator[tuple[Entry, _Seen]]:
+    """Each picture with what is found, in order. A few threads read what is new, and it is remembered as it goes."""
     saved = time.monotonic()
     with ThreadPoolExecutor(_WORKERS, thread_name_prefix="survey") as workers:
         for start in range(0, len(pictures), _CHUNK):
             chunk = pictures[start : start + _CHUNK]
-            yield from zip(chunk, workers.map(look, chunk), strict=True)
+            new = [entry for entry in chunk if files.is_new(entry)]
+            read = dict(zip(new, workers.map(files.look, new), strict=True)) if new else {}
+            for entry in chunk:
+                yield entry, read[entry] if entry in read else files.look(entry)
             if time.monotonic() - saved > _SAVE_EVERY_S:
-                memory.save()
+                files.memory.save()
                 saved = time.monotonic()
 
 
-def _judge(dataset: ImageDataset, rules: Rules, key: str, seen: _Seen) -> Record | str:
+def _judge(dataset: ImageDataset, rules: Rules, seed: int, key: str, seen: _Seen) -> Record | str:
     """The record of a picture, or why it is left out."""
-    if "broken" in seen.facts:
-        return seen.facts["broken"]
-    size = Size(seen.facts["width"], seen.facts["height"])
-    if reason := too_small(size, rules):
+    facts, captions = seen.facts, seen.captions
+    if "broken" in facts:
+        return facts["broken"]
+    size = Size(facts["width"], facts["height"])
+    placement = place(size, rules, chance_of(seed, dataset.id, key) if rules.needs_chance else None)
+    if reason := unfit(size, rules, placement):
         return reason
-    captions = seen.captions
     if isinstance(captions, Missing):
         if dataset.missing_caption != "empty":
             return captions.reason
@@ -277,8 +312,8 @@ def _judge(dataset: ImageDataset, rules: Rules, key: str, seen: _Seen) -> Record
         width_px=size.width,
         height_px=size.height,
         captions=captions,
-        content_hash=seen.facts["hash"],
-        placement=place(size, rules),
+        content_hash=facts.get("hash"),
+        placement=placement,
         role=Role.REGULARISE if dataset.is_regularisation_data else Role.TRAIN,
     )
 
@@ -324,4 +359,4 @@ def _nothing_to_train(dataset: ImageDataset, ledger: DatasetLedger, listing: Lis
 
 def _printable(key: str) -> str:
     """The key, with bytes that are no UTF-8 made visible."""
-    return key.encode("utf-8", "backslashreplace").decode("utf-8")
+    return key if key.isascii() else key.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -7,7 +7,7 @@ can be made before anything is downloaded. Sizes after Sana (arXiv 2410.10629) a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ NANO_LICENCE = "Apache-2.0 (trained from nothing by sana_tune itself)"
 UNKNOWN_LICENCE = "unknown to sana_tune: look at the model's own page; Sana's published weights are non-commercial"
 DEFAULT_SHIFT = 3.0
 SIDE_MULTIPLE_PX = 32  # of pictures that diffusers' pipeline draws
+# Files of the published models: Gemma-2-2B in bf16, DC-AE f32c32 in fp32, Gemma's tokenizer.
+TEXT_ENCODER_BYTES, VAE_BYTES, TOKENIZER_BYTES = 5_230_000_000, 1_250_000_000, 39_000_000
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,26 @@ def known(name: str) -> ModelFacts | None:
         return None
     scheduler = {"_class_name": "DPMSolverMultistepScheduler", "flow_shift": entry.flow_shift}
     return _facts(name, None, entry.transformer, _VAE, scheduler, entry)
+
+
+def assumed(name: str) -> ModelFacts:
+    """Stand-in facts of a hub model that is neither here nor published by NVIDIA: the 1.6B model's, and says so."""
+    note = f"{name} is not known before it is downloaded: planned as if it were the 1.6B model for 1024 px"
+    facts = _facts(name, None, {}, _VAE, {"flow_shift": DEFAULT_SHIFT}, None)
+    return replace(facts, flow_shift_origin="assumed", notes=(note,))
+
+
+def estimated_bytes(facts: ModelFacts, dtype: str = "fp32") -> dict[str, int]:
+    """About how large the files of a published model are, by component: what is downloaded to train it in a dtype.
+
+    The transformer by its parameters, in the dtype of the trained weights; Gemma-2-2B in bf16, DC-AE in fp32.
+    """
+    return {
+        "transformer": facts.parameters * (2 if dtype == "bf16" else 4),
+        "text_encoder": TEXT_ENCODER_BYTES,
+        "vae": VAE_BYTES,
+        "tokenizer": TOKENIZER_BYTES,
+    }
 
 
 def read_shift(scheduler: Mapping[str, Any]) -> tuple[float, str, str | None]:

@@ -90,6 +90,32 @@ def local_folder(name: str) -> Path | None:
     return None
 
 
+def on_disk(name: str, *, revision: str | None = None, variant: str | None = None, dtype: str = "fp32") -> Path | None:
+    """The whole model on this machine, or None for a hub model that must be downloaded first. Asks no network.
+
+    Raises UserError as `locate` for "nano" and for a folder.
+    """
+    if local_folder(name) is not None:
+        return locate(name, revision=revision, variant=variant, dtype=dtype)
+    folder = _in_cache(name, revision)
+    try:
+        if folder is not None:
+            check_folder(folder, variant=variant, dtype=dtype)
+    except UserError:  # a part of it: the rest is downloaded
+        return None
+    return folder
+
+
+def is_offline() -> bool:
+    """Whether downloads are forbidden (HF_HUB_OFFLINE)."""
+    return _is_offline(None)
+
+
+def likely_meant(name: str) -> str | None:
+    """The published model whose name is nearly this one; None for a name that is one, or like none."""
+    return None if name in KNOWN else next(iter(difflib.get_close_matches(name, list(KNOWN), n=1, cutoff=0.8)), None)
+
+
 def plan_download(
     name: str, *, revision: str | None = None, variant: str | None = None, dtype: str = "fp32"
 ) -> int | None:

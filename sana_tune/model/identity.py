@@ -34,6 +34,13 @@ def component_identity(folder: Path, component: str, memory: Path | None = None,
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
+def is_remembered(folder: Path, component: str, memory: Path | None, *, variant: str | None = None) -> bool:
+    """Whether `component_identity` has nothing to hash: all is remembered, and no file changed since."""
+    remembered = _recall(memory)
+    files = _files(folder, component, variant).values()
+    return all((known := remembered.get(str(path.resolve()))) and known[:2] == _stamp(path) for path in files)
+
+
 def latent_identity(
     folder: Path, *, dtype: str = "fp32", memory: Path | None = None, variant: str | None = None
 ) -> str:

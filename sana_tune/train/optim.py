@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sana_tune.config.choices import LR_SCHEDULERS, OPTIMIZER_DEFAULTS
+from sana_tune.config.choices import LR_END_DEFAULTS, LR_SCHEDULERS, OPTIMIZER_DEFAULTS
 
 
 def build_optimizer(
@@ -89,11 +89,12 @@ def _placeholder(parameter: Tensor) -> Tensor:
     return torch.zeros(1, dtype=torch.uint8, device=parameter.device)
 
 
-def lr_at(name: str, step: int, total_steps: int, warmup: int) -> float:
+def lr_at(name: str, step: int, total_steps: int, warmup: int, *, end: float = 0.0, power: float = 1.0) -> float:
     """The factor on the peak learning rate for the step that follows `step` done ones, 0..1.
 
-    Warm-up rises 1/w, 2/w … 1 over the first w steps (never 0: no step is for nothing). `linear` and `cosine`
-    then fall over the steps that are left and would reach 0 right after the last one.
+    Warm-up rises 1/w, 2/w … 1 over the first w steps (never 0: no step is for nothing). Over the t = 0..1 of the
+    steps that are left, `linear` falls as 1 - t, `cosine` as (1 + cos πt) / 2 and `polynomial` as (1 - t)^power; t is
+    1 right after the last step. `cosine` and `polynomial` fall to `end`, a factor too; `linear` falls to 0.
     Raises KeyError for an unknown name.
     """
     if name not in LR_SCHEDULERS:
@@ -103,21 +104,31 @@ def lr_at(name: str, step: int, total_steps: int, warmup: int) -> float:
     if name in ("constant", "constant_with_warmup"):
         return 1.0
     done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-    return 1.0 - done if name == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    if name == "linear":
+        return 1.0 - done
+    left = (1.0 - done) ** power if name == "polynomial" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return end + (1.0 - end) * left
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate over a run; no state but its settings."""
+    """The learning rate over a run; no state but its settings.
+
+    end_lr: where `cosine` and `polynomial` end; None = the schedule's default. power: of `polynomial`.
+    """
 
     name: str
     peak_lr: float
     total_steps: int
     warmup_steps: int = 0
+    end_lr: float | None = None
+    power: float = 1.0
 
     def lr(self, step: int) -> float:
         """Learning rate of the step that follows `step` done ones."""
-        return self.peak_lr * lr_at(self.name, step, self.total_steps, self.warmup_steps)
+        end_lr = LR_END_DEFAULTS.get(self.name, 0.0) if self.end_lr is None else self.end_lr
+        end = end_lr / self.peak_lr
+        return self.peak_lr * lr_at(self.name, step, self.total_steps, self.warmup_steps, end=end, power=self.power)
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
         """Set that rate on every group of the optimizer, and return it."""

@@ -10,6 +10,8 @@ from typing import Any, TextIO
 from sana_tune.store import write_atomically
 from sana_tune.watch.events import Stepped
 
+_LONGEST_LINE = 400  # bytes, about twice what a line takes
+
 
 def line_of(event: Stepped) -> dict[str, Any]:
     """The values of one line. Numbers that are not finite become null (JSON knows neither NaN nor infinity).
@@ -39,8 +41,12 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics file, in order; a torn line (the writer was killed in it) is left out."""
     if not path.exists():
         return []
+    return _whole(path.read_text(encoding="utf-8", errors="replace"))
+
+
+def _whole(content: str) -> list[dict[str, Any]]:
     found = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in content.splitlines():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
@@ -48,6 +54,17 @@ def read(path: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             found.append(line)
     return found
+
+
+def last_lines(path: Path, count: int) -> list[dict[str, Any]]:
+    """About the last `count` whole lines, at most: as `read`, but of a long file its end alone is looked at."""
+    if not path.exists():
+        return []
+    with open(path, "rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - count * _LONGEST_LINE))
+        text = file.read().decode("utf-8", errors="replace")
+    return _whole(text)[-count:]
 
 
 class Metrics:

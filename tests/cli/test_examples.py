@@ -9,7 +9,8 @@ import pytest
 
 from sana_tune.cli.examples import copy_example
 from sana_tune.cli.main import exit_code
-from sana_tune.config.files import examples_dir
+from sana_tune.config.describe import schema_path
+from sana_tune.config.files import examples_dir, list_examples
 from sana_tune.config.load import load
 from sana_tune.errors import UserError
 from sana_tune.prompts import prompts_of
@@ -24,9 +25,11 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_they_are_listed_with_what_they_are(capsys):
     assert exit_code(["examples", "list"]) == 0
-    (line,) = capsys.readouterr().out.splitlines()
-    name, _, title = line.partition(" ")
-    assert name == "nano" and title.strip()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(list_examples()) and len(lines) == 5
+    for line in lines:
+        name, title = line.split(maxsplit=1)
+        assert title.startswith(f"{name}: ") and len(title) > len(name) + 20
 
 
 @pytest.mark.parametrize("dest", ["mine", "a/b", "with blank", "ABSOLUTE"])
@@ -44,6 +47,14 @@ def test_a_copy_uses_its_own_files(dest, tmp_path, capsys):
     assert loaded.config.train.output_dir == f"output/{copied.name}", "a copy must not go on from the example's run"
     library = loaded.config.validation.user_prompt_library
     assert library and Path(library).parent == copied and prompts_of(loaded.config.validation, str.strip)
+
+
+def test_the_schema_of_a_copy_is_the_installed_one(tmp_path):
+    assert copy_example("sana-1.6b-24gb", Path("mine")) == Path("mine")
+    for file, name in (("config.json", "config"), ("multidatabackend.json", "multidatabackend")):
+        assert json.loads(Path("mine", file).read_text())["$schema"] == str(schema_path(name))
+    library = json.loads(Path("mine/user_prompt_library.json").read_text())
+    assert "$schema" not in library, "every key there is a nickname"
 
 
 def test_without_dest_it_is_where_a_checkout_has_it():

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from sana_tune.config.choices import LR_SCHEDULERS, OPTIMIZER_DEFAULTS, OPTIMIZERS
+from sana_tune.config.choices import (
+    LR_END_DEFAULTS,
+    LR_POWER_USED_BY,
+    LR_SCHEDULERS,
+    OPTIMIZER_DEFAULTS,
+    OPTIMIZERS,
+    REFUSED_LR_SCHEDULERS,
+)
 
 
 def test_every_optimizer_has_its_defaults() -> None:
@@ -12,3 +19,9 @@ def test_every_optimizer_has_its_defaults() -> None:
 
 def test_names_are_described() -> None:
     assert all(LR_SCHEDULERS.values()) and all(OPTIMIZERS.values())
+
+
+def test_schedules_are_named_alike_everywhere() -> None:
+    assert LR_END_DEFAULTS == {"polynomial": 4e-7, "cosine": 0.0}
+    assert {*LR_END_DEFAULTS, *LR_POWER_USED_BY} <= set(LR_SCHEDULERS)
+    assert not set(REFUSED_LR_SCHEDULERS) & set(LR_SCHEDULERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from sana_tune.config.files import examples_dir
 from sana_tune.config.load import load, parse_overrides
 from sana_tune.errors import UserError
 from tests.config.helpers import load_with, problems_of, write_files
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_values_are_read_from_strings_and_dashed_keys(tmp_path: Path) -> None:
@@ -83,12 +86,13 @@ MISTAKES = {
     "number below range": ({"learning_rate": 0}, {}, "greater than 0"),
     "not a number": ({"learning_rate": "nan"}, {}, "finite number"),
     "unknown optimizer": ({"optimizer": "adamv"}, {}, "known: optimi-adamw, torch-adamw"),
-    "optimizer nearly right": ({"optimizer": "torch-adam"}, {}, "did you mean 'torch-adamw'"),
+    "optimizer nearly right": ({"optimizer": "torch-adamv"}, {}, "did you mean 'torch-adamw'"),
+    "optimizer of a later version": ({"optimizer": "bnb-lion8bit-paged"}, {}, "is not built yet"),
     "lora": ({"model_type": "lora"}, {}, "not built yet"),
     "quantised base": ({"base_model_precision": "nf4-bnb"}, {}, "base_model_precision: changes what is trained"),
     "deletes files": ({"delete_unwanted_images": True}, {}, "nothing is ever deleted"),
     "bad size": ({"validation_resolution": "1024 by 768"}, {}, "N or WxH"),
-    "random crop": ({}, {"crop_style": "random"}, "'random' is not built yet"),
+    "crop by faces": ({}, {"crop_style": "face"}, "'face' is not built yet"),
     "cloud dataset": ({}, {"type": "aws"}, "'aws' is not built yet"),
     "mask dataset": ({}, {"dataset_type": "conditioning"}, "masks are not built yet"),
     "no instance prompt": ({}, {"caption_strategy": "instanceprompt"}, "needs an instance_prompt"),
@@ -122,13 +126,55 @@ def test_what_only_adds_output_is_a_note(key: str, tmp_path: Path) -> None:
 
 
 def test_what_is_off_passes_without_a_word(tmp_path: Path) -> None:
-    loaded = load_with(tmp_path, {"push_to_hub": "false", "report_to": "none", "base_model_precision": "no_change"})
+    off = {"push_to_hub": "false", "report_to": "none", "base_model_precision": "no_change"}
+    loaded = load_with(tmp_path, {**off, "$schema": "sana_tune/config.schema.json"})
     assert loaded.notes == ()
 
 
 def test_inert_sizes_are_said_once(tmp_path: Path) -> None:
     loaded = load_with(tmp_path, {}, {"maximum_image_size": 64, "target_downsample_size": 64})
     assert len([note for note in loaded.notes if "do nothing with crop: false" in note]) == 1
+
+
+def test_values_tell_where_they_come_from(tmp_path: Path) -> None:
+    """A dataset's own, what it inherits, and what nobody gave."""
+    loaded = load_with(tmp_path, {"train_batch_size": 4}, {"repeats": "2"})
+    origins = loaded.dataset_origins["pictures"]
+    assert origins["repeats"] == f"{tmp_path / 'multidatabackend.json'}: pictures: repeats"
+    assert origins["train_batch_size"] == f"{tmp_path / 'config.json'}: train_batch_size"
+    assert origins["vae_batch_size"] == origins["crop"] == "default"
+
+
+@pytest.mark.parametrize("ending", [".json", ".toml", ".yaml", ".yml"])
+def test_every_format_says_the_same(ending: str, tmp_path: Path) -> None:
+    backends = write_files(tmp_path).with_name("multidatabackend.json")
+    values = {"pretrained_model_name_or_path": "nano", "data_backend_config": str(backends), "learning_rate": 1e-5,
+              "mixed_precision": "no", "use_ema": True, "validation_resolution": "64x32"}  # fmt: skip
+    texts = {
+        ".json": json.dumps(values),
+        ".toml": "\n".join(f"{key} = {json.dumps(value)}" for key, value in values.items()),
+        ".yaml": "\n".join(f"{key}: {value if isinstance(value, str) else json.dumps(value)}  # why"
+                           for key, value in values.items()),
+    }  # fmt: skip
+    path = tmp_path / f"mine{ending}"
+    path.write_text(texts.get(ending, texts[".yaml"]), encoding="utf-8")
+    loaded = load(path, {}, environ={})
+    assert loaded.config == load(None, values, environ={}).config
+    assert loaded.origins["use_ema"] == f"{path}: use_ema"
+
+
+def test_a_shell_config_is_read_with_its_extra_arguments(tmp_path: Path) -> None:
+    backends = write_files(tmp_path).with_name("multidatabackend.json")
+    path = tmp_path / "config.env"
+    path.write_text(
+        f"export MODEL_NAME=nano\nDATALOADER_CONFIG='{backends}'\nMAX_NUM_STEPS=7  # short\n"
+        "USE_GRADIENT_CHECKPOINTING=false\nLEARNING_RATE=1e-4\nHF_HOME=/elsewhere\n"
+        'TRAINER_EXTRA_ARGS="--use_ema --validation_prompt=\'a red zib\'"\nTRAINER_EXTRA_ARGS+=" --seed 3"\n'
+    )
+    config = load(path, {"seed": "4"}, environ={}).config
+    assert config.model.pretrained_model_name_or_path == "nano" and config.train.max_train_steps == 7
+    assert config.model.gradient_checkpointing is False and config.optimizer.learning_rate == 1e-4
+    assert config.ema.use_ema and config.validation.validation_prompt == "a red zib" and config.train.seed == 4
 
 
 def test_ids_must_be_unique_and_lists_be_lists(tmp_path: Path) -> None:
@@ -165,17 +211,54 @@ def test_overrides_in_all_their_forms() -> None:
         parse_overrides(["stray"])
 
 
-def test_the_quickstarts_files_load() -> None:
-    """config.json.example and multidatabackend.json.example are the quickstart's, less what is not built yet."""
-    folder = Path(__file__).resolve().parents[2] / "config"
-    backends = str(folder / "multidatabackend.json.example")
-    loaded = load(folder / "config.json.example", {"data_backend_config": backends}, environ={})
+def test_the_quickstarts_files_load_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guide's dataset list letter for letter, and a config.json with every key that it names."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "tests" / "data" / "quickstart", tmp_path / "config")
+    loaded = load(tmp_path / "config" / "config.json", {}, environ={})
     assert [dataset.id for dataset in loaded.datasets] == [
         "pseudo-camera-10k-sana",
         "dreambooth-subject",
         "dreambooth-subject-512",
     ]
-    assert loaded.text_cache.cache_dir == "cache/text/sana"
+    first, second, third = loaded.datasets
+    assert (first.crop, first.crop_style, first.crop_aspect, first.resolution) == (True, "center", "square", 512)
+    assert (second.repeats, second.resolution, third.resolution) == (1000, 1024, 512)
+    assert second.train_batch_size == 6 and second.instance_prompt == "the name of your subject goes here"
+    assert loaded.text_cache.cache_dir == "cache/text/sana" and loaded.text_cache.write_batch_size == 128
+    config = loaded.config
+    assert [str(size) for size in config.validation.validation_resolution] == ["1024x1024", "1280x768", "2048x2048"]
+    assert config.model.gradient_checkpointing_interval == 2 and config.flow.flow_schedule_auto_shift
     said = "\n".join(loaded.notes)
-    assert "is_regularisation_data is not built yet" in said and "do nothing with crop: false" in said
-    assert len(loaded.notes) == 2, loaded.notes
+    for note in ("is_regularisation_data is not built yet", "do nothing with crop: false", "push_to_hub is not built",
+                 "report_to is not built", "validation_preview is not built", "auto_shift takes effect"):  # fmt: skip
+        assert note in said
+
+
+def test_the_examples_to_copy_load() -> None:
+    """config.json.example and multidatabackend.json.example as they are."""
+    folder = ROOT / "config"
+    backends = str(folder / "multidatabackend.json.example")
+    loaded = load(folder / "config.json.example", {"data_backend_config": backends}, environ={})
+    assert len(loaded.datasets) >= 1
+
+
+def test_simpletuners_sana_example_says_what_is_missing_and_nothing_else(tmp_path: Path) -> None:
+    """Its published LoKr settings: what is not built yet is told, all at once, and no key is unknown."""
+    lokr = {
+        "model_type": "lora", "lora_type": "lycoris", "lycoris_config": "config/lycoris_config.json", "lora_rank": 16,
+        "optimizer": "adamw_bf16", "learning_rate": 2e-5, "lr_scheduler": "constant_with_warmup",
+        "lr_warmup_steps": 100, "train_batch_size": 4, "max_grad_norm": 1, "grad_clip_method": "value", "use_ema": True,
+        "ema_update_interval": 25, "validation_guidance": 4.5, "validation_num_inference_steps": 20,
+        "flow_schedule_shift": 3, "attention_mechanism": "diffusers", "base_model_precision": "no_change",
+        "caption_dropout_probability": 0.1, "checkpointing_steps": 100, "checkpoints_total_limit": 5,
+        "compress_disk_cache": True, "disable_benchmark": False, "gradient_checkpointing": "true",
+        "hub_model_id": "sana-lokr", "minimum_image_size": 0, "num_train_epochs": 0, "max_train_steps": 400,
+        "push_checkpoints_to_hub": True, "push_to_hub": True, "report_to": "none", "seed": 42,
+        "resume_from_checkpoint": "latest", "tracker_project_name": "lokr", "validation_torch_compile": "false",
+        "validation_negative_prompt": "blurry", "validation_seed": 42, "validation_steps": 50,
+        "vae_batch_size": 1, "write_batch_size": 128,
+    }  # fmt: skip
+    said = problems_of(tmp_path, lokr)
+    assert "model_type: 'lora' is not built yet" in said and "optimizer: 'adamw_bf16' is not built yet" in said
+    assert said.count("→") == 2, said

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from sana_tune.config.values import Resolution, named, nearest, parse_instruction, parse_resolutions
+from sana_tune.config.values import (
+    AspectBucket,
+    Resolution,
+    named,
+    nearest,
+    parse_aspect_buckets,
+    parse_instruction,
+    parse_resolutions,
+)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +36,59 @@ def test_resolutions(text: object, expected: list) -> None:
 def test_bad_resolutions(text: str) -> None:
     with pytest.raises(ValueError, match="N or WxH"):
         parse_resolutions(text)
+
+
+def test_aspect_buckets() -> None:
+    assert parse_aspect_buckets([0.75, "1", {"aspect": 1.5, "weight": 2}, {"aspect": "2.0"}]) == (
+        AspectBucket(0.75, 1.0),
+        AspectBucket(1.0, 1.0),
+        AspectBucket(1.5, 2.0),
+        AspectBucket(2.0, 1.0),
+    )
+    assert parse_aspect_buckets(None) == parse_aspect_buckets([]) == parse_aspect_buckets("") == ()
+    once = parse_aspect_buckets([1, 0.5])
+    assert parse_aspect_buckets(once) == once
+    assert parse_aspect_buckets([bucket._asdict() for bucket in once]) == once
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (1.5, "must be a list of aspect ratios, such as [0.75, 1.0, 1.5]; found 1.5"),
+        ("0.75,1.0", "must be a list of aspect ratios"),
+        ({"aspect": 1}, "must be a list of aspect ratios"),
+        ([1024], "an aspect ratio is width / height, a number from 0.05 to 20; found 1024"),
+        ([0], "from 0.05 to 20; found 0"),
+        ([-1.0], "from 0.05 to 20; found -1.0"),
+        ([float("nan")], "from 0.05 to 20; found nan"),
+        ([True], "from 0.05 to 20; found True"),
+        ([None], "from 0.05 to 20; found None"),
+        ([[1.0, 0.5]], "from 0.05 to 20; found [1.0, 0.5]"),
+        (["16:9"], "found '16:9' (write 1.778)"),
+        (["16:0"], "found '16:0'"),
+        ([10**400], "from 0.05 to 20"),
+        ([1, "1.0"], "every aspect ratio must stand there once; 1 stands there 2 times"),
+        (
+            [{"aspect_ratio": 1.5}],
+            'an entry is a number or {"aspect": 1.5, "weight": 2}; found {\'aspect_ratio\': 1.5}',
+        ),
+        ([{"weight": 1}], "an entry is a number or"),
+        ([{"aspect": 1.5, "weight": 0}], "a weight must be a number greater than 0; found 0"),
+        ([{"aspect": 1.5, "weight": "much"}], "a weight must be a number greater than 0; found 'much'"),
+        ([{"aspect": 1.5, "weight": float("inf")}], "a weight must be a number greater than 0; found inf"),
+    ],
+)
+def test_bad_aspect_buckets(value: object, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse_aspect_buckets(value)
+    assert message in str(caught.value)
+
+
+def test_a_refused_name_says_what_to_use() -> None:
+    check = named({"cosine": ""}, "schedule", {"sine": "it never ends; use cosine"})
+    assert check("cosine") == "cosine"
+    with pytest.raises(ValueError, match="the schedule 'sine' cannot be used: it never ends; use cosine"):
+        check("sine")
 
 
 def test_nearest_name() -> None:

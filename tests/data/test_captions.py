@@ -5,7 +5,15 @@ from dataclasses import replace
 import pytest
 
 from sana_tune.config.choices import CAPTION_STRATEGIES
-from sana_tune.data.captions import STRATEGIES, CaptionRules, Missing, caption_key, captions_of, clean_caption
+from sana_tune.data.captions import (
+    STRATEGIES,
+    CaptionRules,
+    Missing,
+    caption_key,
+    captions_of,
+    clean_caption,
+    reads_files,
+)
 
 FILES = {
     "cats/one.txt": "A red cat\n\n  on a MAT  \n",
@@ -88,6 +96,12 @@ def test_only_the_instance_prompt():
 def test_cleaning_is_lower_and_strip(text: str, lower: str):
     assert clean_caption(text, "lower") == lower == text.lower().strip()
     assert clean_caption(text, "keep") == text.strip()
+
+
+def test_only_text_files_are_read():
+    rules = CaptionRules("textfile")
+    assert reads_files(rules) and not reads_files(replace(rules, only=True))
+    assert not reads_files(CaptionRules("filename")) and not reads_files(CaptionRules("instanceprompt"))
 
 
 def test_caption_keys():

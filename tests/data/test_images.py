@@ -3,15 +3,29 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps
 
 from sana_tune.data import images
 from sana_tune.data.geometry import Box, Placement, Rules, Size, place
 from sana_tune.data.images import BrokenImage, decode, encode_png, measure, prepare
 from tests.data.pictures import encoded, noise
+from tests.data.profiles import (
+    ADOBE_GAMMA,
+    ADOBE_RGB,
+    D50,
+    SRGB,
+    grey_profile,
+    ink_profile,
+    matrix_profile,
+    srgb_of_xyz,
+    swapped_profile,
+    xyz_of_lab,
+)
 
 LOSSLESS = {"PNG": {}, "TIFF": {}, "WEBP": {"lossless": True}}
 
@@ -51,6 +65,37 @@ def test_measuring_reads_no_pixels(monkeypatch: pytest.MonkeyPatch):
     for kind in (Image.Image, ImageFile.ImageFile):
         monkeypatch.setattr(kind, "load", lambda self: pytest.fail("pixels were decoded"))
     assert {measure(one) for one in (plain, *turned)} == {(24, 40)}
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "GIF"])
+def test_an_open_file_is_measured_like_its_bytes(format: str, tmp_path: Path):
+    exif = {} if format == "GIF" else {"orientation": 6}
+    data = with_orientation(format, **exif) if exif else encoded(noise(24, 40), format)
+    path = tmp_path / "picture"
+    path.write_bytes(data)
+    with open(path, "rb") as file:
+        assert measure(file) == measure(data) == (24, 40)
+
+
+def test_measuring_an_open_file_reads_its_header_alone():
+    """Noise that fills 300 kB. (Pillow reads a WebP whole, but decodes nothing of it.)"""
+    picture = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    for format, options in (("JPEG", {"quality": 100}), ("PNG", {}), ("TIFF", {})):
+        file = Counting(encoded(picture, format, **options))
+        assert measure(file) == (400, 300)
+        whole = len(file.getvalue())
+        assert whole > 100_000 and file.count < whole / 5, format
+
+
+class Counting(io.BytesIO):
+    """An open file that counts the bytes read."""
+
+    count = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        self.count += len(data)
+        return data
 
 
 def test_an_unknown_orientation_is_none():
@@ -94,6 +139,124 @@ def test_other_modes_become_rgb(mode: str, format: str):
     with Image.open(io.BytesIO(data)) as again:
         expected = np.asarray(again.convert("RGB"))
     np.testing.assert_array_equal(np.asarray(decode(data)), expected)
+
+
+# ---- colour profiles ----
+
+
+def with_profile(picture: np.ndarray | Image.Image, profile: bytes, format: str = "PNG", **options) -> np.ndarray:
+    """What is shown of a picture that carries a profile, as numbers."""
+    return np.asarray(decode(encoded(picture, format, icc_profile=profile, **options))).astype(float)
+
+
+@pytest.mark.parametrize("format", [*LOSSLESS, "JPEG"])
+def test_the_colours_of_an_embedded_profile_are_shown_as_srgb(format: str):
+    picture = noise(40, 24)
+    options = LOSSLESS.get(format, {"quality": 100, "subsampling": 0})
+    numbers = np.asarray(decode(encoded(picture, format, **options))) / 255
+    expected = srgb_of_xyz(numbers**ADOBE_GAMMA @ ADOBE_RGB.T)
+    shown = with_profile(picture, matrix_profile(ADOBE_RGB, ADOBE_GAMMA), format, **options)
+    assert np.abs(shown - expected).max() <= 1.5
+    assert np.abs(shown - 255 * numbers).max() > 10, "the profile matters"
+
+
+def test_swapped_primaries_swap_the_channels():
+    picture = noise(40, 24)
+    shown = with_profile(picture, swapped_profile())
+    assert np.abs(shown - picture[..., ::-1].astype(float)).max() <= 1
+
+
+def test_an_srgb_picture_is_not_touched():
+    picture = noise(40, 24)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    np.testing.assert_array_equal(with_profile(picture, srgb), picture)
+    nearly = matrix_profile(SRGB, 2.2)
+    assert 1 < np.abs(with_profile(picture, nearly) - picture).max() < 10, "a gamma of 2.2 is not sRGB"
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_grey_profile(bits: int):
+    levels = np.arange(256, dtype=np.uint8)[None]
+    picture = levels if bits == 8 else levels.astype(np.uint16) * 257
+    shown = with_profile(picture, grey_profile(1.0))
+    expected = srgb_of_xyz((levels[..., None] / 255) * D50)
+    assert np.abs(shown - expected).max() <= 1.5 and shown[0, 55, 0] == pytest.approx(128, abs=2)
+
+
+def test_a_grey_picture_may_carry_a_colour_profile():
+    levels = np.arange(256, dtype=np.uint8)[None]
+    shown = with_profile(levels, matrix_profile(ADOBE_RGB, 1.0))
+    assert np.abs(shown - srgb_of_xyz((levels[..., None] / 255) * ADOBE_RGB.sum(axis=1))).max() <= 1.5
+
+
+def test_palettes_and_transparency_with_a_profile():
+    profile = swapped_profile()
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putpixel((1, 0), 1)
+    assert np.abs(with_profile(palette, profile)[0] - [[30, 20, 10], [60, 50, 40]]).max() <= 1
+    assert np.abs(with_profile(palette, profile, transparency=0)[0] - [[255] * 3, [60, 50, 40]]).max() <= 1
+    rgba = noise(8, 8, channels=4)
+    alpha = rgba[..., 3:] / 255
+    expected = rgba[..., 2::-1] * alpha + 255 * (1 - alpha)
+    assert np.abs(with_profile(rgba, profile) - expected).max() <= 2
+    grey = Image.fromarray(np.array([[[100, 0], [55, 255]]], dtype=np.uint8), "LA")
+    assert with_profile(grey, grey_profile(1.0))[0, :, 0].tolist() == [255, pytest.approx(128, abs=2)]
+
+
+def lab_of_inks(seed: int) -> np.ndarray:
+    """Colours inside sRGB, [2, 2, 2, 2, 3], as whole lut8 levels."""
+    random = np.random.default_rng(seed)
+    lightness = np.round(random.uniform(35, 80, (2, 2, 2, 2, 1)) * 2.55) / 2.55
+    lab = np.concatenate([lightness, np.round(random.uniform(-18, 18, (2, 2, 2, 2, 2)))], axis=-1)
+    lab[0, 0, 0, 0], lab[1, 1, 1, 1] = (100, 0, 0), 0  # bare paper is shown white, and all inks black, in any case
+    return lab
+
+
+@pytest.mark.parametrize("format", ["TIFF", "JPEG"])
+def test_inks_are_shown_as_their_profile_says_perceptually(format: str):
+    """Each of the 16 full inks and their mixtures, in blocks of 8 px, which a JPEG keeps."""
+    corners = np.array(list(np.ndindex(2, 2, 2, 2)))
+    inks = np.repeat(np.repeat((corners * 255).astype(np.uint8)[None], 8, axis=0), 8, axis=1)
+    picture = Image.frombytes("CMYK", (16 * 8, 8), inks.tobytes())
+    perceptual, colorimetric = lab_of_inks(1), lab_of_inks(2)
+    options = {"quality": 100} if format == "JPEG" else {}
+    shown = with_profile(picture, ink_profile(perceptual, colorimetric), format, **options)[4, 4::8]
+    expected = srgb_of_xyz(xyz_of_lab(perceptual.reshape(16, 3)))
+    assert expected[1:-1].min() > 5 and expected[1:-1].max() < 250, "the colours are inside sRGB"
+    assert np.abs(shown - expected).max() <= 3
+    without = np.asarray(decode(encoded(picture, format, **options)))[4, 4::8]
+    with Image.open(io.BytesIO(encoded(picture, format, **options))) as again:
+        np.testing.assert_array_equal(without, np.asarray(again.convert("RGB"))[4, 4::8])
+
+
+ADOBE = matrix_profile(ADOBE_RGB, ADOBE_GAMMA)
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [b"no profile at all", ADOBE[:100], ADOBE[:200], ADOBE[:132] + b"\xff" * 200, grey_profile(1.8),
+     ink_profile(lab_of_inks(1), lab_of_inks(2))],
+    ids=["text", "half a header", "cut", "garbled", "of grey", "of inks"],
+)  # fmt: skip
+def test_a_broken_profile_and_one_of_another_kind_are_passed_over(profile: bytes):
+    picture = noise(40, 24)
+    np.testing.assert_array_equal(with_profile(picture, profile), picture)
+
+
+def test_inks_with_a_profile_of_colours_are_shown_as_without():
+    picture = Image.fromarray(noise(16, 8)).convert("CMYK")
+    expected = np.asarray(decode(encoded(picture, "TIFF")))
+    np.testing.assert_array_equal(with_profile(picture, swapped_profile(), "TIFF"), expected)
+
+
+def test_threads_share_a_conversion():
+    pictures = [encoded(noise(200, 100, seed), icc_profile=ADOBE) for seed in range(8)]
+    alone = [np.asarray(decode(data)) for data in pictures]
+    with ThreadPoolExecutor(4) as workers:
+        for _ in range(3):
+            together = [np.asarray(image) for image in workers.map(decode, pictures)]
+            assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 def test_the_first_frame_of_an_animation():

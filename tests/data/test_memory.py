@@ -46,6 +46,7 @@ def test_a_damaged_memory_forgets_only_what_is_damaged(tmp_path: Path):
     memory.put("/a", entry, {"hash": "x"})
     memory.put("/b", entry, {"hash": "y"})
     memory.save()
+    assert FileMemory(path).get("/b", entry) == {"hash": "y"}
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], lines[1][:-5], "[]", "{}", "7", '["/c",1,2,3]', "\0"]))
     again = FileMemory(path)

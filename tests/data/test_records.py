@@ -2,8 +2,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sana_tune.data.geometry import Box, Placement, Size
-from sana_tune.data.records import Keys, digest
+import pytest
+
+from sana_tune.data import records
+from sana_tune.data.geometry import Box, Chance, Placement, Size
+from sana_tune.data.records import Keys, chance_of, digest
 from tests.data.pictures import record
 
 
@@ -12,7 +15,7 @@ def test_digests_are_fixed():
     assert digest("a", 1, 0.5, ["ü"]) == digest("a", 1, 0.5, ["ü"]) != digest("a1", 0.5, ["ü"])
     assert len(digest("a")) == 32
     assert Keys("vae", "text").text("a cat") == "5fcb9c2e8e1d9fc32d91b82bfd746731"
-    assert Keys("vae", "text").latent(record("a.png")) == "8b7fe07f8e50b804ac9effeae13a12ef"
+    assert Keys("vae", "text").latent(record("a.png")) == "1519e4c4b40b2391eea1c47b28d06338"
 
 
 def test_a_latent_depends_on_content_placement_and_encoder_alone():
@@ -27,6 +30,22 @@ def test_a_latent_depends_on_content_placement_and_encoder_alone():
         keys.text("hash of a.png"),
     ]
     assert len({keys.latent(one), *others}) == 1 + len(others)
+
+
+def test_a_latent_depends_on_how_pictures_are_decoded(monkeypatch: pytest.MonkeyPatch):
+    before = Keys("vae", "text").latent(record("a.png"))
+    monkeypatch.setattr(records, "DECODING", records.DECODING + 1)
+    assert Keys("vae", "text").latent(record("a.png")) != before
+
+
+def test_a_picture_that_was_never_hashed_has_no_key():
+    with pytest.raises(ValueError, match=r"cats/a\.png was never hashed"):
+        Keys("vae", "text").latent(replace(record("a.png"), content_hash=None))
+
+
+def test_chance_is_fixed():
+    """Or every random crop moves, and its latent is made again."""
+    assert chance_of(42, "cats", "a/ü.png") == Chance(aspect=1477872771, left=3125728400, top=1646065097)
 
 
 def test_a_text_key_depends_on_caption_and_encoder_alone():

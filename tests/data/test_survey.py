@@ -3,14 +3,16 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sana_tune.config.datasets import ImageDataset
+from sana_tune.config.values import AspectBucket
 from sana_tune.data import survey as module
-from sana_tune.data.geometry import Size, place
+from sana_tune.data.geometry import Placement, Rules, Size, place
 from sana_tune.data.memory import FileMemory
 from sana_tune.data.records import Keys, Role
 from sana_tune.data.survey import Survey, rules_of, survey
@@ -84,6 +86,85 @@ def test_report_counts_up(tmp_path: Path):
     told: list[tuple[str, int, int]] = []
     look(dataset(tmp_path), report=lambda *event: told.append(event))
     assert told == [("cats", 1, 3), ("cats", 2, 3), ("cats", 3, 3)]
+
+
+# ---- places ----
+
+
+WIDE = {"crop": True, "crop_aspect": "random", "crop_aspect_buckets": [0.5, 1.0, 2.0]}
+
+
+def test_every_setting_of_a_picture_reaches_the_geometry(tmp_path: Path):
+    entry = dataset(
+        tmp_path,
+        resolution=0.5,
+        resolution_type="area",
+        crop=True,
+        crop_style="corner",
+        crop_aspect="closest",
+        crop_aspect_buckets=[1.0, {"aspect": 1.5, "weight": 2}],
+        minimum_image_size=0.1,
+        maximum_image_size=0.9,
+        target_downsample_size=0.7,
+        minimum_aspect_ratio=0.25,
+        maximum_aspect_ratio=4,
+        max_upscale_threshold=0.2,
+    )
+    assert rules_of(entry, 8, 3) == Rules(
+        resolution=0.5,
+        resolution_type="area",
+        crop=True,
+        crop_style="corner",
+        crop_aspect="closest",
+        crop_aspect_buckets=(AspectBucket(1.0, 1.0), AspectBucket(1.5, 2.0)),
+        alignment=8,
+        rounding=3,
+        minimum_image_size=0.1,
+        maximum_image_size=0.9,
+        target_downsample_size=0.7,
+        minimum_aspect_ratio=0.25,
+        maximum_aspect_ratio=4,
+        max_upscale_threshold=0.2,
+    )
+
+
+def test_a_crop_is_random_and_no_crop_is_at_the_center_unless_told_otherwise(tmp_path: Path):
+    assert rules_of(dataset(tmp_path), 8, 2).crop_style == "center"
+    assert rules_of(dataset(tmp_path, crop=True), 8, 2).crop_style == "random"
+    assert rules_of(dataset(tmp_path, crop=True, crop_style="center"), 8, 2).crop_style == "center"
+    assert rules_of(dataset(tmp_path, crop_style="random"), 8, 2).crop_style == "random"
+
+
+def test_random_crops_depend_on_seed_dataset_and_key(tmp_path: Path):
+    for number in range(30):
+        put(tmp_path, f"{number}.png", 90, 70)
+
+    def places(id: str = "cats", **settings) -> list[Placement]:
+        return [record.placement for record in look(dataset(tmp_path, id, **WIDE), **settings).records]
+
+    first = places()
+    assert len({place.target for place in first}) == 3 and len(set(first)) > 20
+    assert first == places(seed=0) and first != places(seed=1) and first != places("dogs")
+    keys = {record.key for record in look(dataset(tmp_path, **WIDE)).records}
+    (tmp_path / "0.png").unlink()
+    rest = look(dataset(tmp_path, **WIDE)).records
+    gone = sorted(keys).index("0.png")
+    assert [record.placement for record in rest] == first[:gone] + first[gone + 1 :], "no picture moves another's crop"
+
+
+def test_pictures_of_the_wrong_shape_or_blown_up_are_left_out(tmp_path: Path):
+    put(tmp_path, "fine.png", 60, 60)
+    put(tmp_path, "small.png", 40, 40)
+    put(tmp_path, "tall.png", 40, 400)
+    put(tmp_path, "wide.png", 400, 40)
+    limits = {"minimum_aspect_ratio": 0.5, "maximum_aspect_ratio": 2, "max_upscale_threshold": 0.5}
+    found = look(dataset(tmp_path, **limits))
+    assert [record.key for record in found.records] == ["fine.png"] and found.ledger.balances()
+    assert left_out(found) == {
+        "small.png": "is 40x40 px and would be enlarged by 60 %, to 64x64 px; max_upscale_threshold 0.5 allows 50 %",
+        "tall.png": "is 40x400 px, an aspect ratio (width / height) of 0.1, below minimum_aspect_ratio 0.5",
+        "wide.png": "is 400x40 px, an aspect ratio (width / height) of 10, above maximum_aspect_ratio 2",
+    }
 
 
 # ---- the ledger ----
@@ -227,6 +308,44 @@ def test_an_edited_picture_or_caption_changes_its_own_key_alone(tmp_path: Path, 
     assert changed == [(False, False), (True, False), (False, True), (False, False)]
     os.utime(data / "3.png")
     assert all_keys() == after and reads["3.png"] == 1  # touched, read again, the same
+
+
+def test_headers_alone_are_read_where_no_more_is_asked_for(tmp_path: Path, reads: Counter[str]):
+    data, path = tmp_path / "data", tmp_path / "files.ndjson"
+    for number in range(5):
+        put(data, f"{number}.png", seed=number, caption=f"cat {number}")
+    put(data, "torn.png", caption="x").write_bytes(b"torn")
+    entry = dataset(data, caption_strategy="textfile")
+    measured = look(entry, memory=FileMemory(path), headers_only=True)
+    assert [key for key in reads if key.endswith(".png")] == []
+    assert {record.content_hash for record in measured.records} == {None} and len(measured.records) == 5
+    assert look(entry, memory=FileMemory(path), headers_only=True) == measured
+    assert "not a picture" in left_out(measured)["torn.png"]
+
+    whole = look(entry, memory=FileMemory(path))
+    assert {reads[f"{number}.png"] for number in range(5)} == {1}, "a memory without hashes is completed"
+    assert all(record.content_hash for record in whole.records)
+    assert [replace(record, content_hash=None) for record in whole.records] == list(measured.records)
+    assert whole.ledger == measured.ledger
+
+    reads.clear()
+    put(data, "1.png", 30, 44, seed=9)
+    again = look(entry, memory=FileMemory(path), headers_only=True).records
+    assert [record.content_hash is None for record in again] == [False, True, False, False, False]
+    assert (again[1].width_px, again[1].height_px) == (30, 44) and not reads
+    assert look(entry, memory=FileMemory(path)) == look(entry), "what a header told is completed after a change too"
+    assert again[2].content_hash == whole.records[2].content_hash
+
+
+@pytest.mark.parametrize("headers_only", [True, False])
+def test_what_is_remembered_needs_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, headers_only: bool):
+    """Handing 10,000 known pictures to threads and back takes longer than everything else."""
+    put(tmp_path / "data", "a.png", caption="x")
+    path = tmp_path / "files.ndjson"
+    entry = dataset(tmp_path / "data", caption_strategy="textfile")
+    look(entry, memory=FileMemory(path))
+    monkeypatch.setattr(ThreadPoolExecutor, "map", lambda *_: pytest.fail("threads were asked"))
+    assert len(look(entry, memory=FileMemory(path), headers_only=headers_only).records) == 1
 
 
 def test_a_broken_picture_is_looked_at_again(tmp_path: Path, reads: Counter[str]):

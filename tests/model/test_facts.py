@@ -130,3 +130,19 @@ def test_other_models_are_refused(tmp_path, file, changes, said):
     with pytest.raises(UserError, match=said) as caught:
         facts.from_folder(tmp_path / "model")
     assert file in str(caught.value).replace("\\", "/")
+
+
+def test_a_model_nobody_knows_is_planned_as_the_common_one():
+    common, found = facts.known(f"{OWNER}/Sana_1600M_1024px_BF16_diffusers"), facts.assumed("maker/sana")
+    assert common is not None and found.name == "maker/sana" and found.parameters == common.parameters
+    assert (found.native_px, found.vae_factor, found.flow_shift) == (1024, 32, 3.0)
+    assert "as if it were the 1.6B model" in found.notes[0] and found.licence != common.licence
+
+
+def test_what_a_download_takes_is_estimated():
+    common = facts.assumed("maker/sana")
+    sizes = facts.estimated_bytes(common)
+    assert sizes["transformer"] == 4 * common.parameters
+    assert facts.estimated_bytes(common, "bf16")["transformer"] == 2 * common.parameters
+    assert 5.1e9 < sizes["text_encoder"] < 5.4e9 and sizes["vae"] == 1.25e9
+    assert 12e9 < sum(sizes.values()) < 14e9

@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 
 from sana_tune.errors import UserError
-from sana_tune.model.fetch import local_folder, locate, needed_files, plan_download
+from sana_tune.model.fetch import (
+    is_offline,
+    likely_meant,
+    local_folder,
+    locate,
+    needed_files,
+    on_disk,
+    plan_download,
+)
 from sana_tune.model.layout import COMPONENTS, list_files
 from tests.fake_hub import FakeHub
 
@@ -189,9 +197,9 @@ def test_a_killed_download_keeps_its_finished_files(repository, client):
     with FakeHub({NAME: repository}, stalls={stalled}) as hub:
         child = client.start(hub.url)
         assert hub.stalled.wait(120)
-        blobs = client.home / "hub" / f"models--{NAME.replace('/', '--')}" / "blobs"
+        snapshots = client.home / "hub" / f"models--{NAME.replace('/', '--')}" / "snapshots"
         wanted = len(needed_files(_repo_files(repository), NAME))
-        while len([path for path in blobs.iterdir() if not path.name.endswith(".incomplete")]) < wanted - 1:
+        while len([path for path in snapshots.rglob("*") if path.is_file()]) < wanted - 1:
             assert child.poll() is None
             time.sleep(0.01)
         child.kill()
@@ -265,3 +273,26 @@ def _write_zeros(path: Path, megabytes: int) -> None:
     size = megabytes * 1_000_000
     header = json.dumps({"zeros": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+
+
+def test_on_disk_asks_no_network(tmp_path):
+    from huggingface_hub import constants
+
+    assert on_disk("nano") == locate("nano")
+    assert on_disk("maker/never-heard-of") is None and is_offline()
+    with pytest.raises(UserError, match="no folder"):
+        on_disk(str(tmp_path / "nowhere"))
+    home = Path(constants.HF_HUB_CACHE) / "models--maker--here"
+    copy = home / "snapshots" / "abc"
+    shutil.copytree(locate("nano"), copy)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("abc")
+    assert on_disk("maker/here") == copy
+    (copy / "vae" / "config.json").unlink()
+    assert on_disk("maker/here") is None, "the rest must be downloaded"
+
+
+def test_a_name_that_is_nearly_known():
+    name = "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
+    assert likely_meant(name.replace("_diffusers", "")) == name
+    assert likely_meant(name) is None and likely_meant("maker/else") is None

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from sana_tune.model.identity import component_identity, latent_identity, text_identity
+from sana_tune.model.identity import component_identity, is_remembered, latent_identity, text_identity
 from tests.fixtures import cached_sana
 
 
@@ -65,3 +65,14 @@ def test_hashes_are_remembered_until_a_file_changes(model, tmp_path):
     memory.write_text("{torn")
     assert component_identity(model, "text_encoder", memory) == text
     assert component_identity(model, "vae", memory) == component_identity(model, "vae")
+
+
+def test_what_is_remembered_needs_no_hashing(model, tmp_path):
+    memory = tmp_path / "hashes.json"
+    assert not is_remembered(model, "vae", memory) and not is_remembered(model, "vae", None)
+    component_identity(model, "vae", memory)
+    assert is_remembered(model, "vae", memory) and not is_remembered(model, "text_encoder", memory)
+    component_identity(model, "tokenizer", memory)
+    assert is_remembered(model, "tokenizer", memory)
+    os.utime(model / "vae" / "config.json", ns=(1, 1))
+    assert not is_remembered(model, "vae", memory)

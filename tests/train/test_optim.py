@@ -133,7 +133,7 @@ def test_kahan_starts_with_what_rounding_lost():
 
 
 def test_warm_up_rises_from_the_first_step():
-    for name in ("constant_with_warmup", "linear", "cosine"):
+    for name in ("constant_with_warmup", "linear", "polynomial", "cosine"):
         assert [lr_at(name, step, 100, 4) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert [lr_at("constant", step, 100, 0) for step in (0, 50, 99)] == [1.0, 1.0, 1.0]
 
@@ -146,6 +146,56 @@ def test_linear_and_cosine_fall_to_nothing_after_the_last_step():
     assert falling == sorted(falling, reverse=True)
 
 
+def test_polynomial_and_cosine_fall_to_lr_end_and_linear_to_nothing():
+    def ends(name: str, **settings: float) -> tuple[float, float]:
+        schedule = Schedule(name, 1e-4, 100, warmup_steps=10, **settings)
+        return schedule.lr(10), schedule.lr(100)
+
+    assert ends("polynomial", power=0.8) == pytest.approx((1e-4, 4e-7), rel=1e-12)
+    assert ends("polynomial", end_lr=0.0) == pytest.approx((1e-4, 0.0), abs=1e-20)
+    assert ends("polynomial", end_lr=1e-5, power=2) == pytest.approx((1e-4, 1e-5), rel=1e-12)
+    assert ends("cosine") == pytest.approx((1e-4, 0.0), abs=1e-20)
+    assert ends("cosine", end_lr=1e-5) == pytest.approx((1e-4, 1e-5), rel=1e-12)
+    assert ends("linear", end_lr=1e-5) == (1e-4, 0.0), "lr_end is not for linear"
+    assert ends("constant_with_warmup", end_lr=1e-5) == (1e-4, 1e-4)
+
+
+def test_polynomial_by_hand():
+    schedule = Schedule("polynomial", 1e-4, 110, warmup_steps=10, end_lr=2e-5, power=2.0)
+    assert schedule.lr(4) == pytest.approx(0.5e-4), "warm-up rises to the peak and knows no end"
+    assert schedule.lr(35) == pytest.approx(2e-5 + 8e-5 * 0.75**2)
+    assert schedule.lr(60) == pytest.approx(2e-5 + 8e-5 * 0.25)
+    straight = Schedule("polynomial", 1e-4, 100, end_lr=0.0, power=1.0)
+    assert [straight.lr(step) for step in range(101)] == pytest.approx(
+        [Schedule("linear", 1e-4, 100).lr(step) for step in range(101)]
+    )
+
+
+@pytest.mark.parametrize("power", [0.8, 1.0, 2.0])
+def test_polynomial_is_that_of_transformers(power: float):
+    """transformers' get_polynomial_decay_schedule_with_warmup, whose warm-up begins at 0."""
+    from transformers import get_polynomial_decay_schedule_with_warmup
+
+    optimizer = torch.optim.SGD(weights(), 1e-4)
+    theirs = get_polynomial_decay_schedule_with_warmup(optimizer, 5, 25, lr_end=4e-7, power=power)
+    ours = Schedule("polynomial", 1e-4, 25, warmup_steps=5, power=power)
+    for step in range(27):
+        if step >= 5:
+            assert ours.lr(step) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        theirs.step()
+
+
+def test_cosine_with_an_end_is_torchs():
+    optimizer = torch.optim.SGD(weights(), 1e-4)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20, eta_min=1e-5)
+    ours = Schedule("cosine", 1e-4, 20, end_lr=1e-5)
+    for step in range(20):
+        assert ours.lr(step) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        theirs.step()
+
+
 def test_cosine_is_torchs_cosine():
     optimizer = torch.optim.SGD(weights(), 1.0)
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
@@ -156,10 +206,10 @@ def test_cosine_is_torchs_cosine():
 
 
 def test_factors_stay_in_range_whatever_the_lengths():
-    assert len(LR_SCHEDULERS) >= 4
+    assert len(LR_SCHEDULERS) >= 5
     for name in LR_SCHEDULERS:
         for total, warmup in ((0, 0), (1, 0), (1, 5), (10, 10), (10, 20), (10, 3)):
-            factors = [lr_at(name, step, total, warmup) for step in range(total + 3)]
+            factors = [lr_at(name, step, total, warmup, end=0.1, power=0.8) for step in range(total + 3)]
             assert all(0.0 <= factor <= 1.0 and math.isfinite(factor) for factor in factors)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sana_tune.progress import Progress
 from sana_tune.watch.events import Stepped
-from sana_tune.watch.metrics import Metrics, line_of, read
+from sana_tune.watch.metrics import Metrics, last_lines, line_of, read
 
 KEYS = ["step", "epoch", "loss", "lr", "grad_norm", "step_s", "data_wait_s", "images_s"]
 
@@ -73,3 +73,17 @@ def test_a_start_from_nothing_empties_the_file_and_needs_none(tmp_path: Path):
     metrics.append(stepped(1))
     metrics.cut_back_to(0)
     assert metrics.path.read_text(encoding="utf-8") == ""
+
+
+def test_the_last_lines_are_read_from_the_end_alone(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    assert last_lines(path, 3) == []
+    metrics = Metrics(path)
+    for step in range(1, 4001):
+        metrics.append(stepped(step))
+    metrics.close()
+    assert [line["step"] for line in last_lines(path, 50)] == list(range(3951, 4001))
+    assert last_lines(path, 9999) == read(path)
+    with open(path, "ab") as file:
+        file.write(b'{"step": 4001, "lo')
+    assert [line["step"] for line in last_lines(path, 2)] == [3999, 4000]

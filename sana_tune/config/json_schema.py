@@ -1,0 +1,200 @@
+"""JSON Schemas (draft 2020-12) of config.json and multidatabackend.json, for editors. No torch.
+
+They accept what the loader accepts: numbers and switches written as text, `{env:VAR}`, null and "" for "not set", keys
+with leading dashes, SimpleTuner's keys. Those of ours are `properties`, which editors offer while one types; every
+other spelling and key is a pattern, which they explain and mark as deprecated, but do not offer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_origin
+
+from pydantic.fields import FieldInfo
+
+from sana_tune.config import legacy
+from sana_tune.config.datasets import DATASET_KINDS, ImageDataset, TextDataset
+from sana_tune.config.describe import Foreign, Option, choices_of, foreign_keys, limits, members, options, told
+from sana_tune.config.findings import OF_THE_FILE
+from sana_tune.config.schema import SECTIONS, Section
+from sana_tune.config.values import NARROWEST, WIDEST, parse_aspect_buckets, parse_instruction, parse_resolutions
+
+Schema = dict[str, Any]
+
+DRAFT = "https://json-schema.org/draft/2020-12/schema"
+PLACEHOLDER: Schema = {"type": "string", "pattern": r"\{env:[^{}]*\}"}
+NOT_SET: Schema = {"enum": [None, ""]}
+_DIGITS = r"[0-9]+(_[0-9]+)*"
+WHOLE = rf"^\s*[+-]?{_DIGITS}(\.0+)?\s*$"
+NUMBER = rf"^\s*[+-]?({_DIGITS}(\.({_DIGITS})?)?|\.{_DIGITS})([eE][+-]?[0-9]+)?\s*$"
+SIZE = r"^(\s*[0-9]+(\.0+)?\s*([xX×]\s*[0-9]+)?\s*(,|$))+$"
+SWITCHES = ("true", "false", "t", "f", "yes", "no", "y", "n", "on", "off", "1", "0")
+TRUE: Schema = {"enum": [True, 1, "true", "True", "TRUE", "1"]}
+BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+OFF = [*legacy.OFF, [], {}]  # what asks for nothing, for every key
+FILE_MARKS: Schema = {"description": "about the file, not about the run"}
+
+
+def json_schema(name: str) -> Schema:
+    """The schema of "config" or "multidatabackend". Raises KeyError for another name."""
+    return {"config": _config, "multidatabackend": _datasets}[name]()
+
+
+def _config() -> Schema:
+    fields = {key: info for kind in SECTIONS.values() for key, info in kind.model_fields.items()}
+    return {
+        "$schema": DRAFT,
+        "title": "config.json of sana_tune",
+        "description": "What a run does. `sana_tune options NAME` explains a setting.",
+        **_object(fields, "config", "#", dashes="[-_]"),
+        "allOf": [_given(key, dashed=True) for key, info in fields.items() if info.is_required()],
+        "$defs": {"off": {"enum": _unique(OFF)}},
+    }
+
+
+def _datasets() -> Schema:
+    entries = {"type": "array", "items": {"$ref": "#/$defs/entry"}, "minItems": 1}
+    around = {
+        "type": "object",
+        "required": ["datasets"],
+        "properties": {**dict.fromkeys(OF_THE_FILE, FILE_MARKS), "datasets": {"$ref": "#/$defs/entries"}},
+        "additionalProperties": False,
+    }
+    ignored = list(legacy.IGNORED_DATASET_TYPES)
+    return {
+        "$schema": DRAFT,
+        "title": "multidatabackend.json of sana_tune",
+        "description": "The datasets of a run: a list, or an object that holds it beside $schema.",
+        "if": {"type": "array"},
+        "then": {"$ref": "#/$defs/entries"},
+        "else": around,
+        "$defs": {
+            "entries": entries,
+            "entry": {
+                "type": "object",
+                "properties": {"dataset_type": {"enum": [*DATASET_KINDS, *ignored], "default": "image"}},
+                "if": _type_is(*ignored),
+                "else": {
+                    "if": _type_is("text_embeds"),
+                    "then": {"$ref": "#/$defs/text_embeds"},
+                    "else": {"$ref": "#/$defs/image"},
+                },
+            },
+            "image": _entry(ImageDataset, "dataset", "#/$defs/image"),
+            "text_embeds": _entry(TextDataset, "text_embeds", "#/$defs/text_embeds"),
+            "off": {"enum": _unique(OFF)},
+        },
+    }
+
+
+def _type_is(*names: str) -> Schema:
+    return {"properties": {"dataset_type": {"enum": list(names)}}, "required": ["dataset_type"]}
+
+
+def _entry(kind: type[Section], home: str, place: str) -> Schema:
+    """One entry; a disabled one needs nothing."""
+    fields = dict(kind.model_fields)
+    needed = [_given(key, dashed=False) for key, info in fields.items() if info.is_required()]
+    off = [{"properties": {key: TRUE}, "required": [key]} for key in ("disabled", "disable")]
+    shape = _object(fields, home, place, dashes="_")
+    return {**shape, "if": {"anyOf": off}, "else": {"allOf": needed}}
+
+
+def _given(key: str, *, dashed: bool) -> Schema:
+    """That a key is there, in one of its spellings."""
+    spellings = [key, f"--{key}"]
+    if dashed and "_" in key:
+        spellings += [spelling.replace("_", "-") for spelling in spellings]
+    return {"anyOf": [{"required": [spelling]} for spelling in spellings]}
+
+
+def _object(fields: Mapping[str, FieldInfo], home: str, place: str, *, dashes: str) -> Schema:
+    """An object of these settings, of what is about the file, and of SimpleTuner's other keys.
+
+    place: where in the schema this object stands. dashes: what can stand for an underscore in other spellings of keys.
+    """
+    described = {option.name: option for option in options() if option.home == home or option.shared}
+    properties = {key: _property(described[key], info) for key, info in fields.items()}
+    bare = "(--)?" if dashes != "_" else "--"  # with other dashes a key differs also without its leading ones
+    other = {f"^(?!{key}$){bare}{key.replace('_', dashes)}$": {"$ref": f"{place}/properties/{key}"} for key in fields}
+    foreign = {f"^(--)?{key.name.replace('_', dashes)}$": _foreign(key, place) for key in foreign_keys()
+               if key.fate != "renamed" or key.text in fields}  # fmt: skip
+    return {
+        "type": "object",
+        "properties": {**dict.fromkeys(OF_THE_FILE, FILE_MARKS), **properties},
+        "patternProperties": {"disabled_fields__$": FILE_MARKS, **other, **foreign},
+        "additionalProperties": False,
+    }
+
+
+def _property(option: Option, info: FieldInfo) -> Schema:
+    text = f"{option.meaning} [{option.type_words}; default: {option.default_words}]"
+    default = {} if option.default in (None, ()) else {"default": option.default}
+    return {"description": text, **default, **_value(option.name, info)}
+
+
+def _foreign(key: Foreign, place: str) -> Schema:
+    """A key of SimpleTuner's: what becomes of it; one that is refused unless it is off takes only the off values."""
+    found: Schema = {"description": told(key), "deprecated": True}
+    if key.fate == "renamed":
+        found["$ref"] = f"{place}/properties/{key.text}"
+    elif key.fate in ("later", "refused"):
+        found |= {"enum": _unique([*OFF, *key.off])} if key.off else {"$ref": "#/$defs/off"}
+    return found
+
+
+def _unique(values: Iterable[Any]) -> list[Any]:
+    """The values without repeats; 1, 1.0 and true are told apart as JSON tells them: 1 is 1.0, and no true."""
+    found: list[Any] = []
+    for value in values:
+        if not any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in found):
+            found.append(value)
+    return found
+
+
+def _value(key: str, info: FieldInfo) -> Schema:
+    """What a setting can be: its types, a placeholder, and null or "" for "not set"."""
+    ways = [way for member in members(info) for way in _ways(key, info, member)]
+    text = any(way.get("type") == "string" and "pattern" not in way for way in ways)
+    ways += [] if text else [PLACEHOLDER]
+    if not info.is_required():
+        ways += [{"type": "null"}] if text else [NOT_SET]
+    return ways[0] if len(ways) == 1 else {"anyOf": ways}
+
+
+def _ways(key: str, info: FieldInfo, member: Any) -> list[Schema]:
+    """The ways to write a value of one type."""
+    names = choices_of(info)
+    if names and (member is str or get_origin(member) is Literal):
+        return [{"enum": [*names, *legacy.SAME_VALUE.get(key, {})]}]
+    bounds = {BOUNDS[name]: value for name, value in limits(info).items()}
+    if member is bool:
+        return [{"type": "boolean"}, {"enum": [0, 1]}, {"type": "string", "pattern": _any_case(SWITCHES)}]
+    if member is int:
+        return [{"type": "integer", **bounds}, {"type": "string", "pattern": WHOLE}]
+    if member is float:
+        return [{"type": "number", **bounds}, {"type": "string", "pattern": NUMBER}]
+    if member is parse_resolutions:
+        one: list[Schema] = [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": SIZE}]
+        return [*one, {"type": "array", "items": {"anyOf": one}}]
+    if member is parse_aspect_buckets:
+        return [{"type": "array", "items": _aspect_bucket()}]
+    if member is parse_instruction:
+        return [{"type": "string"}, {"type": "array"}]
+    if get_origin(member) is tuple:
+        return [{"type": "array", "items": {"type": "string"}}]
+    return [{"type": "string", **({"minLength": 1} if info.is_required() else {})}]
+
+
+def _aspect_bucket() -> Schema:
+    text: Schema = {"type": "string", "pattern": NUMBER}
+    aspect = {"anyOf": [{"type": "number", "minimum": NARROWEST, "maximum": WIDEST}, text]}
+    weight = {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, text]}
+    pair = {"type": "object", "properties": {"aspect": aspect, "weight": weight}, "required": ["aspect"]}
+    return {"anyOf": [*aspect["anyOf"], {**pair, "additionalProperties": False}]}
+
+
+def _any_case(words: Iterable[str]) -> str:
+    """A pattern of words in any case; the regular expressions of JSON Schema have no flag for that."""
+    spelt = ("".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in word) for word in words)
+    return f"^({'|'.join(spelt)})$"

@@ -1,0 +1,342 @@
+"""How much memory a run takes on its device, from its settings alone; and which settings would take less. Torch-free.
+
+The numbers are those measured for the 1.6B model (reference, "Cost"): parameters, gradients and states by their
+bytes, activations per picture. Other sizes are scaled by latent positions × width × layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+from typing import Any
+
+from sana_tune.config.schema import Config, section_of
+from sana_tune.errors import Problem, UserError
+from sana_tune.hardware import Device
+from sana_tune.model.facts import ModelFacts
+
+GIB = 2**30
+# Activations of one picture of 1024 px in bf16, the 1.6B model (width 2240, 20 layers, 1024 latent positions).
+ACTIVATIONS_BYTES = 3.7 * GIB  # nothing recomputed
+KEPT_BYTES = 0.11 * GIB  # every block recomputed: what stays besides the one block that is live
+# The same beside fp32 weights, counted tensor by tensor: what passes from block to block is fp32 then, so that twice
+# is kept of it, and of all activations 1.15 times as much (4.23 GiB); without bf16 it is about twice.
+_AUTOCAST, _FP32, _FP32_KEPT = 1.15, 2.0, 2.0
+_MEASURED = 1024 * 2240 * 20  # positions × width × layers of that measurement
+# The CUDA context, the libraries' workspaces and what the allocator cannot use: about this much on any GPU.
+OVERHEAD_BYTES = 1_000_000_000
+SPARE = 0.05  # share of a device that a recommendation leaves free: the numbers above are estimates
+TARGET_BATCH = 4  # pictures per optimizer step that is recommended
+# Encoding: Gemma-2's layers over a batch of texts; DC-AE's first stage, 128 channels at full size, a few at a time.
+_TEXT_WORK_BYTES = 500_000_000
+_VAE_CHANNELS, _VAE_TENSORS = 128, 5
+
+
+@dataclass(frozen=True)
+class Load:
+    """One micro-batch: the size of its pictures, px, and how many there are."""
+
+    width_px: int
+    height_px: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes on the device while training. copies: the bf16 weights that autocast makes of fp32 ones."""
+
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    ema_bytes: int
+    copies_bytes: int
+    activations_bytes: int
+    overhead_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it together."""
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class CachingNeed:
+    """Bytes on the device while the caches are filled, before training: the text encoder, then the VAE."""
+
+    text_bytes: int
+    pictures_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """The most at one time: one network is freed before the next is loaded."""
+        return max(self.text_bytes, self.pictures_bytes)
+
+
+@dataclass(frozen=True)
+class Way:
+    """Settings to change, by name, and the bytes that training takes then."""
+
+    changes: dict[str, Any]
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run takes, and what there is.
+
+    device: None when it is not known. ways: changes that would make training fit; () while it fits.
+    """
+
+    need: MemoryNeed
+    caching: CachingNeed
+    device: Device | None = None
+    ways: tuple[Way, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether training fits the device, or the device is not known."""
+        return self.device is None or self.need.total_bytes <= self.device.total_bytes
+
+    @property
+    def caching_fits(self) -> bool:
+        """Whether filling the caches fits the device, or the device is not known."""
+        return self.device is None or self.caching.total_bytes <= self.device.total_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, the sums among them."""
+        values = asdict(self)
+        values["need"]["total_bytes"] = self.need.total_bytes
+        values["caching"]["total_bytes"] = self.caching.total_bytes
+        return {**values, "fits": self.fits, "caching_fits": self.caching_fits}
+
+
+def plan_memory(
+    config: Config,
+    facts: ModelFacts,
+    loads: Sequence[Load],
+    caching: CachingNeed,
+    device: Device | None,
+    *,
+    precision: str | None = None,
+) -> MemoryPlan:
+    """What a run takes on its device, with the ways to make it fit when it does not."""
+    plan = MemoryPlan(memory_needed(config, facts, loads, precision=precision), caching, device)
+    if device is None or plan.fits:
+        return plan
+    ways = ways_to_fit(config, facts, loads, device.total_bytes, precision=precision)
+    return replace(plan, ways=ways)
+
+
+def memory_needed(
+    config: Config, facts: ModelFacts, loads: Sequence[Load], *, precision: str | None = None
+) -> MemoryNeed:
+    """What training takes; the largest of the loads decides.
+
+    precision: "bf16" or "no" where the run computes otherwise than mixed_precision says (a CPU, unasked: "no").
+    """
+    bf16_weights = config.model.weights_dtype == "bf16"
+    autocast = (precision or config.model.mixed_precision) == "bf16" and not bf16_weights
+    each = 2 if bf16_weights else 4
+    kahan = bf16_weights and config.optimizer.optimizer.startswith("optimi")
+    parameters = facts.parameters
+    whole, kept = (1.0, 1.0) if bf16_weights else (_AUTOCAST if autocast else _FP32, _FP32_KEPT)
+    pictures = max((_positions(load, facts) * load.batch_size for load in loads), default=0)
+    return MemoryNeed(
+        weights_bytes=each * parameters,
+        gradients_bytes=each * parameters,
+        optimizer_bytes=(2 + kahan) * each * parameters,
+        ema_bytes=4 * parameters if config.ema.use_ema else 0,
+        copies_bytes=2 * parameters if autocast else 0,
+        activations_bytes=round(pictures * _bytes_per_position(config, facts, whole, kept)),
+        overhead_bytes=OVERHEAD_BYTES,
+    )
+
+
+def checkpointed_share(config: Config, layers: int) -> float:
+    """Share of the blocks that are recomputed in the backward pass: blocks 0, n, 2n … of them."""
+    if not config.model.gradient_checkpointing:
+        return 0.0
+    return -(-layers // config.model.gradient_checkpointing_interval) / layers
+
+
+def _positions(load: Load, facts: ModelFacts) -> int:
+    return (load.width_px // facts.vae_factor) * (load.height_px // facts.vae_factor)
+
+
+def _bytes_per_position(config: Config, facts: ModelFacts, whole: float, kept: float) -> float:
+    """Activations per latent position; linear in the share of blocks that is recomputed.
+
+    whole, kept: how many times what bf16 takes, of all activations and of those that stay.
+    """
+    size = facts.width * facts.layers / _MEASURED
+    everything = whole * ACTIVATIONS_BYTES * size
+    recomputed = kept * KEPT_BYTES * size + everything / facts.layers  # and one block that is live
+    return everything + checkpointed_share(config, facts.layers) * (recomputed - everything)
+
+
+def caching_needed(encoder_bytes: int, vae_bytes: int, loads: Sequence[Load]) -> CachingNeed:
+    """What filling the caches takes: networks by the bytes of their weights (text encoder bf16, VAE fp32).
+
+    loads: as the VAE gets its pictures, `vae_batch_size` at a time; it computes in fp32.
+    """
+    pixels = max((load.width_px * load.height_px * load.batch_size for load in loads), default=0)
+    return CachingNeed(
+        text_bytes=encoder_bytes + _TEXT_WORK_BYTES + OVERHEAD_BYTES,
+        pictures_bytes=vae_bytes + pixels * _VAE_CHANNELS * _VAE_TENSORS * 4 + OVERHEAD_BYTES,
+    )
+
+
+# ---- settings that take less ----
+
+
+@dataclass(frozen=True)
+class _Lever:
+    """One thing that can be changed: its variants, the least costly first, and how much anyone minds the change."""
+
+    harm: int
+    variants: tuple[dict[str, Any], ...]
+
+
+def ways_to_fit(
+    config: Config,
+    facts: ModelFacts,
+    loads: Sequence[Load],
+    device_bytes: int,
+    *,
+    precision: str | None = None,
+) -> tuple[Way, ...]:
+    """Changes that make training fit into so many bytes, what costs least first; () when nothing does.
+
+    What is computed stays the same with blocks recomputed and with smaller batches accumulated; precision and the
+    EMA come after them. A way that only adds a change to another one is left out.
+    """
+    levers = _levers(config, facts, max((load.batch_size for load in loads), default=1), precision)
+    sets = [chosen for count in range(len(levers) + 1) for chosen in combinations(range(len(levers)), count)]
+    sets.sort(key=lambda chosen: sum(levers[place].harm for place in chosen))
+    found: list[tuple[frozenset[int], Way]] = []
+    for chosen in sets:
+        if any(known <= set(chosen) for known, _ in found):
+            continue
+        for changes in _combined([levers[place].variants for place in chosen]):
+            total = _total(config, facts, loads, changes, precision)
+            if total <= device_bytes:
+                found.append((frozenset(chosen), Way(changes, total)))
+                break
+    return tuple(way for _, way in found)
+
+
+def _levers(config: Config, facts: ModelFacts, batch: int, precision: str | None) -> list[_Lever]:
+    """What can be changed from these settings."""
+    model, accumulation = config.model, config.train.gradient_accumulation_steps
+    now = model.gradient_checkpointing_interval if model.gradient_checkpointing else facts.layers + 1
+    shares = {-(-facts.layers // n): n for n in range(facts.layers, 0, -1)}  # the smallest n of each share
+    intervals = sorted((n for n in shares.values() if n < now), reverse=True)
+    on = {} if model.gradient_checkpointing else {"gradient_checkpointing": True}
+    recompute = tuple({**on, "gradient_checkpointing_interval": n} for n in intervals)
+    smaller = tuple(
+        {"train_batch_size": size, "gradient_accumulation_steps": accumulation * batch // size}
+        for size in range(batch - 1, 0, -1)
+        if batch % size == 0
+    )
+    levers = [_Lever(1, recompute), _Lever(2, smaller)]
+    on_gpu = precision is None or precision == model.mixed_precision
+    if model.mixed_precision == "no" and on_gpu:
+        levers.append(_Lever(4, ({"mixed_precision": "bf16"},)))
+    if model.weights_dtype != "bf16" and on_gpu:
+        kahan = {} if config.optimizer.optimizer == "optimi-adamw" else {"optimizer": "optimi-adamw"}
+        levers.append(_Lever(8, ({"weights_dtype": "bf16", **kahan},)))
+    if config.ema.use_ema:
+        levers.append(_Lever(16, ({"use_ema": False},)))
+    return [lever for lever in levers if lever.variants]
+
+
+def _combined(variants: Sequence[tuple[dict[str, Any], ...]]) -> Iterator[dict[str, Any]]:
+    """One variant of each, those of the first running fastest."""
+    if not variants:
+        yield {}
+        return
+    for rest in _combined(variants[1:]):
+        for first in variants[0]:
+            yield {**first, **rest}
+
+
+def _total(
+    config: Config, facts: ModelFacts, loads: Sequence[Load], changes: Mapping[str, Any], precision: str | None
+) -> int:
+    largest = changes.get("train_batch_size")
+    if largest is not None:
+        loads = [Load(load.width_px, load.height_px, min(load.batch_size, largest)) for load in loads]
+    precision = changes.get("mixed_precision", precision)
+    return memory_needed(changed(config, changes), facts, loads, precision=precision).total_bytes
+
+
+def changed(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The settings with other values, by their flat names. The values are not validated."""
+    homes = section_of()
+    sections = {homes[key] for key in changes}
+    updates = {
+        name: vars(config)[name].model_copy(update={key: value for key, value in changes.items() if homes[key] == name})
+        for name in sections
+    }
+    return config.model_copy(update=updates)
+
+
+# ---- settings for somebody who has none yet ----
+
+
+def recommend(
+    facts: ModelFacts, device_bytes: int, width_px: int, height_px: int, *, use_ema: bool, on_cpu: bool = False
+) -> dict[str, Any]:
+    """Settings that fit a device with a little to spare: as exact as possible, then as fast as possible.
+
+    fp32 masters before bf16 weights with Kahan summation, the EMA as wished for as long as anything fits with it,
+    a large batch before blocks that are not recomputed. on_cpu: device_bytes is main memory, nothing is cast.
+    Raises UserError when nothing fits, with the smallest need.
+    """
+    room = device_bytes * (1 - SPARE)
+    smallest: int | None = None
+    for settings in _candidates(facts, use_ema, on_cpu):
+        need = _need_of(settings, facts, Load(width_px, height_px, settings["train_batch_size"])).total_bytes
+        if need <= room:
+            return settings
+        smallest = need if smallest is None else min(smallest, need)
+    what = (
+        f"full-rank training of {facts.name} on pictures of {width_px}x{height_px} px needs about "
+        f"{(smallest or 0) / 1e9:.1f} GB; the device has {device_bytes / 1e9:.1f} GB, of which "
+        f"{100 * SPARE:.0f} % are left free"
+    )
+    raise UserError(Problem("memory", what, "take a smaller model or smaller pictures, or a device with more memory"))
+
+
+def _candidates(facts: ModelFacts, use_ema: bool, on_cpu: bool) -> Iterator[dict[str, Any]]:
+    """All settings that could be recommended, the best first."""
+    precisions = ["fp32"] if on_cpu else ["fp32", "bf16"]
+    averages = [True, False] if use_ema else [False]
+    batches = [size for size in range(TARGET_BATCH, 0, -1) if TARGET_BATCH % size == 0]
+    for average in averages:
+        for dtype in precisions:
+            for batch in batches:
+                for interval in (0, *(n for n in (4, 3, 2, 1) if n <= facts.layers)):
+                    yield {
+                        "train_batch_size": batch,
+                        "gradient_accumulation_steps": TARGET_BATCH // batch,
+                        "gradient_checkpointing": interval > 0,
+                        "gradient_checkpointing_interval": max(1, interval),
+                        "weights_dtype": dtype,
+                        "mixed_precision": "no" if on_cpu else "bf16",
+                        "optimizer": "optimi-adamw",
+                        "use_ema": average,
+                    }
+
+
+def _need_of(settings: Mapping[str, Any], facts: ModelFacts, load: Load) -> MemoryNeed:
+    """What training takes with these settings and defaults for the rest."""
+    return memory_needed(changed(default_config(), settings), facts, [load])
+
+
+def default_config() -> Config:
+    """The defaults of every setting; the two that have none get a name of nothing."""
+    model, data = {"pretrained_model_name_or_path": "-"}, {"data_backend_config": "-"}
+    others = {name: {} for name in Config.model_fields if name not in ("model", "data")}
+    return Config.model_validate({"model": model, "data": data, **others})

@@ -1,0 +1,227 @@
+"""Memory: the measured numbers of the reference, what scales them, and settings that fit a device."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from sana_tune.config.schema import Config
+from sana_tune.errors import UserError
+from sana_tune.hardware import Device
+from sana_tune.memory import (
+    GIB,
+    OVERHEAD_BYTES,
+    CachingNeed,
+    Load,
+    MemoryNeed,
+    caching_needed,
+    changed,
+    checkpointed_share,
+    default_config,
+    memory_needed,
+    plan_memory,
+    recommend,
+    ways_to_fit,
+)
+from sana_tune.model.facts import ModelFacts, known
+
+GB = 10**9
+ONE = [Load(1024, 1024, 1)]
+
+
+def facts_of(name: str) -> ModelFacts:
+    found = known(f"Efficient-Large-Model/{name}")
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def facts() -> ModelFacts:
+    return facts_of("Sana_1600M_1024px_BF16_diffusers")
+
+
+def asked(**settings: Any) -> Config:
+    """The defaults with changes."""
+    return changed(default_config(), settings)
+
+
+def states(need: MemoryNeed) -> float:
+    """Parameters, gradients and states, GB."""
+    return (need.weights_bytes + need.gradients_bytes + need.optimizer_bytes) / GB
+
+
+# ---- the reference's numbers (sana.md §4) ----
+
+
+def test_weights_gradients_and_states_are_the_references(facts):
+    fp32 = memory_needed(asked(use_ema=True), facts, ONE)
+    assert states(fp32) == pytest.approx(25.7, abs=0.05)
+    assert fp32.ema_bytes / GB == pytest.approx(6.4, abs=0.05)
+    assert fp32.copies_bytes == 2 * facts.parameters, "autocast keeps bf16 copies of fp32 weights"
+    bf16 = memory_needed(asked(weights_dtype="bf16"), facts, ONE)
+    assert states(bf16) == pytest.approx(16.0, abs=0.05)
+    assert (bf16.weights_bytes, bf16.optimizer_bytes) == (2 * facts.parameters, 6 * facts.parameters)
+    assert bf16.copies_bytes == bf16.ema_bytes == 0
+    plain = memory_needed(asked(optimizer="torch-adamw", mixed_precision="no"), facts, ONE)
+    assert states(plain) == pytest.approx(25.7, abs=0.05) and plain.copies_bytes == 0
+
+
+def per_image(facts: ModelFacts, **settings: Any) -> float:
+    """Activations of one picture of 1024 px, GiB."""
+    return memory_needed(asked(**settings), facts, ONE).activations_bytes / GIB
+
+
+def test_activations_are_the_references(facts):
+    bf16 = {"weights_dtype": "bf16"}
+    assert per_image(facts, gradient_checkpointing=False, **bf16) == pytest.approx(3.7)
+    assert per_image(facts, **bf16) == pytest.approx(0.11 + 3.7 / 20)
+    half = per_image(facts, gradient_checkpointing_interval=2, **bf16)
+    assert half == pytest.approx((3.7 + 0.11 + 3.7 / 20) / 2)
+    assert per_image(facts, gradient_checkpointing=False, mixed_precision="no", **bf16) == pytest.approx(3.7)
+
+
+def test_beside_fp32_weights_what_passes_between_blocks_is_fp32(facts):
+    """4.23 GiB under autocast and twice the kept, counted on the model itself with saved tensors and all."""
+    assert per_image(facts, gradient_checkpointing=False) == pytest.approx(4.23, rel=0.01)
+    assert per_image(facts) == pytest.approx(2 * 0.11 + 4.23 / 20, rel=0.01)
+    assert per_image(facts, gradient_checkpointing=False, mixed_precision="no") == pytest.approx(2 * 3.7)
+
+
+@pytest.mark.parametrize(
+    ("interval", "share"), [(1, 1.0), (2, 0.5), (3, 7 / 20), (19, 2 / 20), (20, 1 / 20), (99, 0.05)]
+)
+def test_blocks_0_n_2n_are_recomputed(interval, share):
+    assert checkpointed_share(asked(gradient_checkpointing_interval=interval), 20) == share
+    assert checkpointed_share(asked(gradient_checkpointing_interval=interval, gradient_checkpointing=False), 20) == 0
+
+
+def test_it_scales_with_positions_width_layers_and_batch(facts):
+    config = asked(gradient_checkpointing=False, weights_dtype="bf16")
+
+    def activations(facts: ModelFacts, *loads: Load) -> float:
+        return memory_needed(config, facts, loads).activations_bytes / GIB
+
+    assert activations(facts, Load(512, 512, 1)) == pytest.approx(3.7 / 4)
+    assert activations(facts, Load(512, 512, 8), Load(1024, 1024, 3), Load(2048, 512, 1)) == pytest.approx(3 * 3.7)
+    assert activations(facts_of("SANA1.5_4.8B_1024px_diffusers"), *ONE) == pytest.approx(3 * 3.7)
+    assert activations(facts_of("Sana_600M_1024px_diffusers"), *ONE) == pytest.approx(3.7 * 1152 * 28 / (2240 * 20))
+    assert activations(facts) == 0
+
+
+def test_the_total_is_the_sum_and_a_cpu_casts_nothing(facts):
+    need = memory_needed(asked(use_ema=True, train_batch_size=2), facts, ONE, precision="no")
+    assert need.copies_bytes == 0
+    assert need.total_bytes == need.activations_bytes + 20 * facts.parameters + OVERHEAD_BYTES
+
+
+def test_caching_takes_one_network_at_a_time():
+    need = caching_needed(5_200_000_000, 1_250_000_000, [Load(512, 512, 4), Load(1024, 1024, 4)])
+    assert 6 < need.text_bytes / GB < 7.5 and need.total_bytes == max(need.text_bytes, need.pictures_bytes)
+    small = caching_needed(5_200_000_000, 1_250_000_000, [Load(512, 512, 4)])
+    assert small.pictures_bytes < need.pictures_bytes and small.total_bytes == small.text_bytes
+
+
+# ---- what would fit ----
+
+
+def test_changed_settings_go_to_their_sections():
+    config = asked()
+    other = changed(config, {"use_ema": True, "weights_dtype": "bf16", "train_batch_size": 3})
+    assert (other.ema.use_ema, other.model.weights_dtype, other.data.train_batch_size) == (True, "bf16", 3)
+    assert not config.ema.use_ema and other.validation == config.validation
+
+
+def test_nothing_need_be_changed_when_it_fits(facts):
+    (way,) = ways_to_fit(asked(), facts, ONE, 40 * GB)
+    assert way.changes == {}
+
+
+def test_recomputing_comes_first_and_only_as_much_as_it_takes(facts):
+    config = asked(gradient_checkpointing=False, train_batch_size=8)
+    loads = [Load(1024, 1024, 8)]
+    best, *others = ways_to_fit(config, facts, loads, 51 * GB)
+    assert best.changes == {"gradient_checkpointing": True, "gradient_checkpointing_interval": 2}
+    assert best.total_bytes <= 51 * GB
+    looser = changed(config, {**best.changes, "gradient_checkpointing_interval": 3})
+    assert memory_needed(looser, facts, loads).total_bytes > 51 * GB
+    assert {"train_batch_size": 4, "gradient_accumulation_steps": 2} in [way.changes for way in others]
+    assert all(way.total_bytes <= 51 * GB for way in others)
+
+
+def test_the_batch_is_divided_so_that_a_step_sees_as_many_pictures(facts):
+    config = asked(train_batch_size=6, gradient_accumulation_steps=2)
+    ways = ways_to_fit(config, facts, [Load(1024, 1024, 6)], int(31.5 * GB))
+    assert ways[0].changes == {"train_batch_size": 3, "gradient_accumulation_steps": 4}
+
+
+def test_precision_and_the_average_come_last(facts):
+    config = asked(use_ema=True, optimizer="torch-adamw")
+    ways = ways_to_fit(config, facts, ONE, int(25.8 * GB))
+    assert ways[0].changes == {"weights_dtype": "bf16", "optimizer": "optimi-adamw"}
+    assert all("use_ema" in way.changes for way in ways[1:])
+    ways = ways_to_fit(config, facts, ONE, 20 * GB)
+    assert [way.changes for way in ways] == [{"weights_dtype": "bf16", "optimizer": "optimi-adamw", "use_ema": False}]
+    assert ways_to_fit(config, facts, ONE, 12 * GB) == ()
+
+
+def test_fp32_compute_can_become_bf16(facts):
+    config = asked(mixed_precision="no", gradient_checkpointing=False)
+    ways = [way.changes for way in ways_to_fit(config, facts, ONE, int(34.5 * GB))]
+    assert {"mixed_precision": "bf16"} in ways
+    on_cpu = ways_to_fit(asked(gradient_checkpointing=False), facts, ONE, int(34.5 * GB), precision="no")
+    assert all(set(way.changes) <= {"gradient_checkpointing", "gradient_checkpointing_interval"} for way in on_cpu)
+
+
+def test_the_plan_says_whether_it_fits_and_what_would(facts):
+    caching = CachingNeed(7 * GB, 3 * GB)
+
+    def plan(device: Device | None):
+        return plan_memory(asked(), facts, ONE, caching, device)
+
+    unknown = plan(None)
+    assert unknown.fits and unknown.caching_fits and unknown.to_json()["device"] is None
+    large = plan(Device("large", 80 * GB, 1))
+    assert large.fits and large.ways == ()
+    small = plan(Device("small", 26 * GB, 1))
+    assert not small.fits and small.caching_fits and small.ways[0].changes == {"weights_dtype": "bf16"}
+    tiny = plan(Device("tiny", 6 * GB, 1))
+    assert not tiny.caching_fits and tiny.ways == ()
+    told = json.loads(json.dumps(small.to_json()))
+    assert told["need"]["total_bytes"] == small.need.total_bytes > sum(told["need"].values()) / 2 - 1
+    assert (told["fits"], told["device"]["name"], told["caching"]["total_bytes"]) == (False, "small", 7 * GB)
+
+
+# ---- recommendations ----
+
+
+@pytest.mark.parametrize(
+    ("vram", "ema", "expected"),
+    [
+        (24, True, {"weights_dtype": "bf16", "train_batch_size": 2, "gradient_checkpointing_interval": 1}),
+        (24, False, {"weights_dtype": "bf16", "train_batch_size": 4, "gradient_checkpointing_interval": 1}),
+        (48, True, {"weights_dtype": "fp32", "train_batch_size": 4}),
+        (80, True, {"weights_dtype": "fp32", "train_batch_size": 4, "gradient_checkpointing": False}),
+    ],
+)
+def test_cards_get_what_fits_them(vram, ema, expected, facts):
+    found = recommend(facts, vram * GIB, 1024, 1024, use_ema=ema)
+    assert expected.items() <= found.items() and found["use_ema"] == ema
+    assert found["train_batch_size"] * found["gradient_accumulation_steps"] == 4
+    load = Load(1024, 1024, found["train_batch_size"])
+    assert memory_needed(changed(asked(), found), facts, [load]).total_bytes < 0.95 * vram * GIB
+
+
+def test_the_average_is_given_up_before_the_run(facts):
+    assert recommend(facts, 20 * GIB, 1024, 1024, use_ema=True)["use_ema"] is False
+
+
+def test_what_no_setting_makes_fit_is_said(facts):
+    with pytest.raises(UserError, match=r"needs about 17\.\d GB; the device has 12\.9 GB.*\n.*smaller model"):
+        recommend(facts, 12 * GIB, 1024, 1024, use_ema=True)
+
+
+def test_a_cpu_computes_in_fp32(facts):
+    found = recommend(facts, 64 * GIB, 1024, 1024, use_ema=False, on_cpu=True)
+    assert (found["mixed_precision"], found["weights_dtype"]) == ("no", "fp32")
