@@ -1,5 +1,6 @@
-"""A whole run looked over without torch and without the network: all that is wrong, and all that will happen.
+"""A whole run looked over without torch: all that is wrong, and all that will happen.
 
+The network is used for pictures that are far away alone: headers of a bucket's, and downloads that training needs too.
 It reuses the parts of `prepare`, but goes on where that stops: problems are gathered, not raised. It hashes no weights
 and reads no picture whole unless asked to, and writes nothing but what it remembers of files, below output_dir/cache.
 """
@@ -24,8 +25,9 @@ from sana_tune.data.buckets import make_buckets
 from sana_tune.data.duplicates import Looked, Picture, look_at_all
 from sana_tune.data.memory import FileMemory
 from sana_tune.data.quality import Captions, Shapes, has_placeholder, is_short, look_at_captions, look_at_shapes
-from sana_tune.data.records import Keys, Record
-from sana_tune.data.survey import Ledger, Survey
+from sana_tune.data.records import Keys, Record, Role
+from sana_tune.data.stores import open_stores
+from sana_tune.data.survey import Ledger, Survey, strict_problems
 from sana_tune.errors import Problem, gather
 from sana_tune.hardware import Device, device_for
 from sana_tune.log import log
@@ -51,7 +53,8 @@ from sana_tune.prepare import (
     survey_of,
     weights_dtype,
 )
-from sana_tune.store import FolderStore
+from sana_tune.roles import held_out_copies, held_out_warning
+from sana_tune.store import Store
 from sana_tune.train.folders import Checkpoint
 
 # What is being looked at, how much of it is done, and how much there is.
@@ -96,7 +99,10 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Report:
-    """What a check found. plan and ledger: None when a problem stands in their way. images: only when asked for."""
+    """What a check found. plan and ledger: None when a problem stands in their way. images: only when asked for.
+
+    left_out: paths of the pictures that no dataset trains, whatever the reason.
+    """
 
     problems: tuple[Problem, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -109,6 +115,7 @@ class Report:
     images: Looked | None = None
     plan: Plan | None = None
     ledger: Ledger | None = None
+    left_out: tuple[str, ...] = ()
     seconds: float = 0.0
 
     @property
@@ -125,7 +132,7 @@ class Report:
         shapes: {enlarged, largest_factor, extreme, cropped, …}}].
         images: null without --images, else {pictures, broken: {name: reason}, same: [[name]], alike: [[name]]}.
         plan: what plan.json of a run holds (buckets, caches, steps, disk, memory, step_s, left_s …) or null.
-        ledger: what ledger.json holds, or null. seconds: how long the check took.
+        ledger: what ledger.json holds, or null. left_out: [path]. seconds: how long the check took.
         """
         return {
             "ok": self.ok,
@@ -153,6 +160,7 @@ def look_over(
     device = aside.submit(device_for, config.train.device)  # nvidia-smi can take a second
     aside.shutdown(wait=False)
     found = _Findings(notes=[*notes, *loaded.notes])
+    stores = open_stores(loaded.datasets)
     output = _output(config, found)
     writable = not found.problems
     with _told_to(found.warnings):
@@ -161,15 +169,20 @@ def look_over(
         model, facts = _model(config, found)
         gather(found.problems, lambda: check_drawing_sizes(config, facts))
         memory = FileMemory(output.file_memory if writable else None)
-        surveyed = gather(found.problems, lambda: survey_of(loaded, facts, memory, headers_only=True, report=report))
+        surveyed = gather(
+            found.problems, lambda: survey_of(loaded, facts, memory, stores, headers_only=True, report=report)
+        )
     looked, datasets, plan = None, (), None
     if surveyed is not None:
         found.problems += surveyed.problems
         if images and surveyed.records:
-            looked = _whole_pictures(loaded, surveyed, memory, report, found)
+            looked = _whole_pictures(stores, surveyed, memory, report, found)
             if any(record.content_hash is None for record in surveyed.records):  # their hashes are known now
-                surveyed = survey_of(loaded, facts, memory, headers_only=True)
+                surveyed = survey_of(loaded, facts, memory, stores, headers_only=True)
+            if config.data.strict:
+                found.problems += strict_problems(loaded.datasets, surveyed.records, looked.broken)
             surveyed = surveyed.without(looked.broken)
+        _held_out(surveyed, looked, found)
         long = _too_long(config, model, output if writable else None, surveyed, prompts, found)
         datasets = _datasets(loaded, surveyed, long)
         if model is not None and surveyed.records:
@@ -192,6 +205,7 @@ def look_over(
         images=looked,
         plan=plan,
         ledger=surveyed and surveyed.ledger,
+        left_out=_left_out(stores, surveyed) if surveyed is not None else (),
         seconds=round(time.monotonic() - begun, 3),
     )
 
@@ -291,11 +305,18 @@ def _known_model(facts: ModelFacts, folder: Path | None, fetch_bytes: int) -> Mo
 # ---- pictures and captions ----
 
 
+def _left_out(stores: Mapping[str, Store], surveyed: Survey) -> tuple[str, ...]:
+    """The paths, or addresses, of all pictures that are left out, each once; none that another dataset trains."""
+    parts = surveyed.ledger.datasets
+    paths = dict.fromkeys(stores[part.dataset].locate(key) for part in parts for key, _ in part.left_out)
+    trained = {stores[record.dataset].locate(record.key) for record in surveyed.records} if paths else set()
+    return tuple(path for path in paths if path not in trained)
+
+
 def _whole_pictures(
-    loaded: Loaded, surveyed: Survey, memory: FileMemory, report: Progress | None, found: _Findings
+    stores: Mapping[str, Store], surveyed: Survey, memory: FileMemory, report: Progress | None, found: _Findings
 ) -> Looked:
     """Every picture read whole. What is doubtful goes to the warnings."""
-    stores = {dataset.id: FolderStore(dataset.instance_data_dir) for dataset in loaded.datasets}
     pictures = [Picture(record.id, stores[record.dataset], record.key) for record in surveyed.records]
 
     def tell(done: int, total: int) -> None:
@@ -317,6 +338,24 @@ def _whole_pictures(
     if len(looked.broken) == len(surveyed.records):
         found.problems.append(Problem("datasets", "not one of the pictures can be decoded", "see the reasons above"))
     return looked
+
+
+def _held_out(surveyed: Survey, looked: Looked | None, found: _Findings) -> None:
+    """Held-out pictures that are trained too: the same files, and with --images those that look the same."""
+    found.warnings += held_out_copies(surveyed.records)
+    roles = {record.id: record.role for record in surveyed.records}
+    if Role.EVAL not in roles.values():
+        return
+    pairs = []
+    for group in looked.alike if looked is not None else ():
+        taught = [name for name in group if roles.get(name, Role.EVAL) is not Role.EVAL]
+        pairs += [(name, taught[0]) for name in group if taught and roles.get(name) is Role.EVAL]
+    found.warnings += held_out_warning(pairs, "much like")
+    if any(record.content_hash is None for record in surveyed.records):
+        found.notes.append(
+            "held-out pictures that were not read yet are compared with the trained ones when the run starts, or now "
+            "with --images, which finds those that only look the same too"
+        )
 
 
 def _too_long(
@@ -350,20 +389,21 @@ def _datasets(loaded: Loaded, surveyed: Survey, too_long: frozenset[str] | None)
         differ = entry.caption_strategy != "instanceprompt" and not entry.only_instance_prompt
         captions = look_at_captions(records, ledger, too_long, differ=differ)
         datasets.append(
-            Dataset(
-                entry.id, entry.instance_data_dir, own_settings(loaded.config, entry), captions, look_at_shapes(records)
-            )
+            Dataset(entry.id, entry.source, own_settings(loaded.config, entry), captions, look_at_shapes(records))
         )
     return tuple(datasets)
 
 
 def own_settings(config: Config, dataset: ImageDataset) -> dict[str, Any]:
-    """The settings of a dataset that are neither the defaults nor what config.json says for all of them."""
+    """The settings of a dataset that are neither the defaults nor what config.json says for all of them.
+
+    Where it is stands elsewhere.
+    """
     general = dict(config.data)
     found = {}
     for key, info in type(dataset).model_fields.items():
         value = dict(dataset)[key]
-        if not info.is_required() and value != general.get(key, info.default):
+        if not info.is_required() and key != "instance_data_dir" and value != general.get(key, info.default):
             found[key] = masked(key, _plain(value))
     return found
 

@@ -44,7 +44,11 @@ class Load:
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes on the device while training. copies: the bf16 weights that autocast makes of fp32 ones."""
+    """Bytes on the device while training. copies: the bf16 weights that autocast makes of fp32 ones.
+
+    base: the untrained model that regularisation data learns from, in the dtype that is computed in.
+    resident: encoders that stay there, or come back, because not everything is cached before training.
+    """
 
     weights_bytes: int
     gradients_bytes: int
@@ -53,6 +57,8 @@ class MemoryNeed:
     copies_bytes: int
     activations_bytes: int
     overhead_bytes: int
+    resident_bytes: int = 0
+    base_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -119,19 +125,26 @@ def plan_memory(
     device: Device | None,
     *,
     precision: str | None = None,
+    resident_bytes: int = 0,
 ) -> MemoryPlan:
-    """What a run takes on its device, with the ways to make it fit when it does not."""
-    plan = MemoryPlan(memory_needed(config, facts, loads, precision=precision), caching, device)
+    """What a run takes on its device, with the ways to make it fit when it does not.
+
+    resident_bytes: of encoders beside training.
+    """
+    need = replace(memory_needed(config, facts, loads, precision=precision), resident_bytes=resident_bytes)
+    plan = MemoryPlan(need, caching, device)
     if device is None or plan.fits:
         return plan
-    ways = ways_to_fit(config, facts, loads, device.total_bytes, precision=precision)
+    room = device.total_bytes - resident_bytes
+    found = ways_to_fit(config, facts, loads, room, precision=precision) if room > 0 else ()
+    ways = tuple(replace(way, total_bytes=way.total_bytes + resident_bytes) for way in found)
     return replace(plan, ways=ways)
 
 
 def memory_needed(
     config: Config, facts: ModelFacts, loads: Sequence[Load], *, precision: str | None = None
 ) -> MemoryNeed:
-    """What training takes; the largest of the loads decides.
+    """What training takes; the largest of the loads decides. regularisation_target base is taken at its word.
 
     precision: "bf16" or "no" where the run computes otherwise than mixed_precision says (a CPU, unasked: "no").
     """
@@ -150,6 +163,7 @@ def memory_needed(
         copies_bytes=2 * parameters if autocast else 0,
         activations_bytes=round(pictures * _bytes_per_position(config, facts, whole, kept)),
         overhead_bytes=OVERHEAD_BYTES,
+        base_bytes=(2 if bf16_weights or autocast else 4) * parameters * (config.train.regularisation_target == "base"),
     )
 
 
@@ -185,6 +199,12 @@ def caching_needed(encoder_bytes: int, vae_bytes: int, loads: Sequence[Load]) ->
         text_bytes=encoder_bytes + _TEXT_WORK_BYTES + OVERHEAD_BYTES,
         pictures_bytes=vae_bytes + pixels * _VAE_CHANNELS * _VAE_TENSORS * 4 + OVERHEAD_BYTES,
     )
+
+
+def resident_needed(encoder_bytes: int, vae_bytes: int, loads: Sequence[Load]) -> int:
+    """What encoders take beside training; 0 bytes of weights = it is not there. loads: as `caching_needed`."""
+    text = encoder_bytes + _TEXT_WORK_BYTES if encoder_bytes else 0
+    return text + (caching_needed(0, vae_bytes, loads).pictures_bytes - OVERHEAD_BYTES if vae_bytes else 0)
 
 
 # ---- settings that take less ----
@@ -248,6 +268,8 @@ def _levers(config: Config, facts: ModelFacts, batch: int, precision: str | None
         levers.append(_Lever(8, ({"weights_dtype": "bf16", **kahan},)))
     if config.ema.use_ema:
         levers.append(_Lever(16, ({"use_ema": False},)))
+    if config.train.regularisation_target == "base":
+        levers.append(_Lever(32, ({"regularisation_target": "data"},)))
     return [lever for lever in levers if lever.variants]
 
 

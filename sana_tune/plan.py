@@ -8,13 +8,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
+from typing import Any, Literal
 
 from sana_tune.config.schema import Config
-from sana_tune.data.buckets import Bucket
+from sana_tune.data.buckets import Bucket, trained
 from sana_tune.data.geometry import Size
+from sana_tune.data.order import names_of
+from sana_tune.data.records import Role
 from sana_tune.data.survey import DatasetLedger, Ledger
+from sana_tune.data.timeline import Timeline, Window
+from sana_tune.errors import Problem, UserError
 from sana_tune.memory import Load, MemoryPlan, checkpointed_share
 from sana_tune.model.facts import ModelFacts
 from sana_tune.model.shift import shift_for
@@ -24,12 +29,16 @@ LEFT_OUT_SHOWN = 5
 TEXT_TOKENS_GUESS = 60  # a caption's tokens before it was ever counted; only for the disk estimate
 
 
+Mode = Literal["full", "ondemand", "none"]
+
+
 @dataclass(frozen=True)
 class CacheNeed:
     """One cache: how many entries the run needs, how many are there, and what making the rest takes on disk.
 
     unknown: entries of which nobody can say yet whether they are there, since what they are made of was never
-    hashed; a check does not hash. bytes_to_make counts them as if they were to be made.
+    hashed; a check does not hash. bytes_to_make counts them as if they were to be made. mode: "ondemand" = made when
+    training first needs them; "none" = nothing is kept.
     """
 
     name: str
@@ -38,6 +47,7 @@ class CacheNeed:
     hits: int
     bytes_to_make: int
     unknown: int = 0
+    mode: Mode = "full"
 
     @property
     def misses(self) -> int:
@@ -57,6 +67,49 @@ class BucketPlan:
     micro_batches: int
     filled: int
     flow_shift: float
+    role: str = Role.TRAIN.value
+
+
+@dataclass(frozen=True)
+class DatasetPlan:
+    """What a dataset is for, and when it is shown.
+
+    role: train, regularise or eval. starts and ends: the first and last epoch and optimizer step that show it, from 1;
+    None = no end. text_cache: where its captions are. masks, mask_kind: the entry of its masks; None = none.
+    target: what regularisation data teaches, "data" or "base"; None for other roles.
+    """
+
+    id: str
+    role: str
+    probability: float = 1.0
+    start_epoch: int = 1
+    start_step: int = 0
+    end_epoch: int | None = None
+    end_step: int | None = None
+    text_cache: str | None = None
+    masks: str | None = None
+    mask_kind: str | None = None
+    target: str | None = None
+
+    @property
+    def window(self) -> Window:
+        """When it is shown."""
+        return Window(self.start_epoch, self.start_step, self.end_epoch, self.end_step)
+
+
+@dataclass(frozen=True)
+class EpochsPlan:
+    """Epochs, or a part of one, that show the same datasets.
+
+    first_epoch, first_step: from 1; it begins in that step. epochs: how many the run comes to; a part counts as 1.
+    micro_batches_per_epoch: of the whole epoch, of which this may be a part.
+    """
+
+    first_epoch: int
+    first_step: int
+    epochs: int
+    micro_batches_per_epoch: int
+    datasets: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -77,6 +130,8 @@ class DiskNeed:
 class Plan:
     """What will happen. Steps are optimizer steps; an epoch may end inside a step (contracts §5).
 
+    With a schedule (`epochs_shown` not empty) epochs differ; micro_batches_per_epoch and steps_per_epoch are the
+    first one's, and `epoch_after` knows all. held_out: buckets that no epoch shows.
     memory: None where nobody worked it out. pace: all that decides how long a step takes; step_s: seconds that a step
     took here before at the same pace, None when that is not known.
     """
@@ -101,6 +156,16 @@ class Plan:
     memory: MemoryPlan | None = None
     pace: Mapping[str, Any] = field(default_factory=dict)
     step_s: float | None = None
+    datasets: tuple[DatasetPlan, ...] = ()
+    held_out: tuple[BucketPlan, ...] = ()
+    epochs_shown: tuple[EpochsPlan, ...] = ()
+    timeline: Timeline | None = field(default=None, compare=False, repr=False)
+
+    def epoch_after(self, step: int) -> float:
+        """Epochs that are done after so many steps, the share of the one that it ends in counted."""
+        if self.timeline is None:
+            return step / self.steps_per_epoch
+        return self.timeline.epochs_at(step * self.micro_batches_per_step)
 
     @property
     def disk_needed_bytes(self) -> int:
@@ -124,9 +189,14 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain values, for plan.json."""
-        values = {**asdict(self), "memory": self.memory and self.memory.to_json(), "left_s": self.left_s}
+        values = {
+            **asdict(replace(self, timeline=None)),
+            "memory": self.memory and self.memory.to_json(),
+            "left_s": self.left_s,
+        }
         for cache, told in zip(self.caches, values["caches"], strict=True):
             told["misses"] = cache.misses
+        del values["timeline"]
         sums = {"disk_needed_bytes": self.disk_needed_bytes, "images_per_step": self.images_per_step}
         return {**values, **sums, "steps_left": self.steps_left}
 
@@ -138,15 +208,31 @@ class Plan:
         raise KeyError(f"no bucket has the size {width_px}x{height_px}")
 
 
-def total_steps(config: Config, micro_batches_per_epoch: int, micro_batches_per_step: int) -> int:
-    """Length of the run in optimizer steps: the first of max_train_steps and num_train_epochs; neither: 1 epoch."""
+def total_steps(
+    config: Config, micro_batches_per_epoch: int, micro_batches_per_step: int, timeline: Timeline | None = None
+) -> int:
+    """Length of the run in optimizer steps: the first of max_train_steps and num_train_epochs; neither: 1 epoch.
+
+    timeline: of datasets that start and end. Raises UserError when none is left to be shown before the end.
+    """
     steps, epochs = config.train.max_train_steps or 0, config.train.num_train_epochs or 0
     if not steps and not epochs:
         epochs = 1
-    by_epochs = math.ceil(epochs * micro_batches_per_epoch / micro_batches_per_step)
-    if steps and epochs:
-        return min(steps, by_epochs)
-    return steps or by_epochs
+    if timeline is None:
+        by_epochs = math.ceil(epochs * micro_batches_per_epoch / micro_batches_per_step)
+    else:
+        by_epochs = math.ceil(timeline.micro_batches_of(epochs) / micro_batches_per_step) if epochs else 0
+    length = min(steps, by_epochs) if steps and epochs else steps or by_epochs
+    if timeline is None or timeline.end is None:
+        return length
+    shown, last = timeline.end // micro_batches_per_step, timeline.epochs_at(timeline.end)
+    by_steps = steps and length == steps
+    if (by_steps and steps > shown) or (not by_steps and epochs > last):
+        asked = f"max_train_steps {steps}" if by_steps else f"num_train_epochs {epochs:g}"
+        what = f"after step {shown} (epoch {last:g}) there is no dataset to show, and the run goes on to {asked}"
+        fix = "let a dataset end later (end_epoch, end_step) or start earlier, or make the run shorter"
+        raise UserError(Problem("datasets", what, fix))
+    return min(length, shown)
 
 
 def base_shift(config: Config, facts: ModelFacts) -> float:
@@ -175,17 +261,25 @@ def make_plan(
     memory: MemoryPlan | None = None,
     precision: str | None = None,
     ranks: int = 1,
+    datasets: Sequence[DatasetPlan] = (),
+    timeline: Timeline | None = None,
+    learns_from_base: bool = False,
 ) -> Plan:
     """Work out the whole run.
 
+    datasets: what each is for. timeline: of datasets that start and end; None when all are always shown.
+    learns_from_base: whether the untrained model is asked too (regularisation_target base).
     first_step: where a resumed run stands (0 for a fresh one). other_model_bytes: VAE and text encoder on disk,
     which the exported pipeline holds a copy of. precision: as the run computes, where that is not mixed_precision.
     """
+    all_buckets, buckets = buckets, trained(buckets)
     per_epoch = sum(bucket.micro_batches for bucket in buckets)
     per_step = config.train.gradient_accumulation_steps * ranks
-    steps = total_steps(config, per_epoch, per_step)
-    mean_batch = sum(bucket.micro_batches * bucket.batch_size for bucket in buckets) / per_epoch
-    bucket_plans = tuple(_bucket_plan(bucket, flow_shift_of(config, facts, bucket.size)) for bucket in buckets)
+    if timeline is not None:
+        per_epoch = timeline.stretches[0].epoch_length
+    steps = total_steps(config, per_epoch, per_step, timeline)
+    plans = [_bucket_plan(bucket, flow_shift_of(config, facts, bucket.size)) for bucket in all_buckets]
+    bucket_plans = tuple(plan for plan in plans if plan.role != Role.EVAL.value)
     return Plan(
         model=facts.name,
         parameters=facts.parameters,
@@ -194,8 +288,8 @@ def make_plan(
         micro_batches_per_step=per_step,
         steps_per_epoch=per_epoch / per_step,
         total_steps=steps,
-        epochs=steps * per_step / per_epoch,
-        images_seen=round(steps * per_step * mean_batch),
+        epochs=steps * per_step / per_epoch if timeline is None else timeline.epochs_at(steps * per_step),
+        images_seen=_images_seen(buckets, steps * per_step, timeline),
         first_step=first_step,
         save_every=Every(config.train.checkpoint_step_interval),
         validate_every=Every(config.validation.validation_step_interval),
@@ -205,7 +299,46 @@ def make_plan(
         flow_shift=base_shift(config, facts),
         notes=tuple(dict.fromkeys((*notes, *_notes(config, facts)))),
         memory=memory,
-        pace=pace_of(config, facts, buckets, per_step, memory, precision),
+        pace=pace_of(config, facts, buckets, per_step, memory, precision, learns_from_base=learns_from_base),
+        datasets=tuple(datasets),
+        held_out=tuple(plan for plan in plans if plan.role == Role.EVAL.value),
+        epochs_shown=_epochs_shown(buckets, timeline, steps, per_step),
+        timeline=timeline,
+    )
+
+
+def _images_seen(buckets: Sequence[Bucket], micro_batches: int, timeline: Timeline | None) -> int:
+    """Pictures in the first so many micro-batches of a run, fill-ins counted; in a part of an epoch about so many."""
+    mean: dict[str, Fraction] = {}
+    given: dict[str, int] = {}
+    for name in names_of(buckets):
+        own = [bucket for bucket in buckets if bucket.dataset == name]
+        given[name] = sum(bucket.micro_batches for bucket in own)
+        mean[name] = Fraction(sum(bucket.micro_batches * bucket.batch_size for bucket in own), given[name])
+    if timeline is not None:
+        shown = timeline.given(micro_batches)
+        return round(sum(count * mean[name] for name, count in zip(given, shown, strict=True)))
+    mean_batch = float(sum(given[name] * mean[name] for name in given)) / sum(given.values())
+    return round(micro_batches * mean_batch)
+
+
+def _epochs_shown(
+    buckets: Sequence[Bucket], timeline: Timeline | None, steps: int, per_step: int
+) -> tuple[EpochsPlan, ...]:
+    """The stretches of a schedule that the run comes to."""
+    if timeline is None:
+        return ()
+    names, end = names_of(buckets), steps * per_step
+    return tuple(
+        EpochsPlan(
+            first_epoch=stretch.epoch + 1,
+            first_step=stretch.first // per_step + 1,
+            epochs=min(-(-(end - stretch.first) // stretch.taken), stretch.epochs or end),
+            micro_batches_per_epoch=stretch.epoch_length,
+            datasets=tuple(names[dataset] for dataset in stretch.datasets),
+        )
+        for stretch in timeline.stretches
+        if stretch.first < end
     )
 
 
@@ -216,6 +349,8 @@ def pace_of(
     per_step: int,
     memory: MemoryPlan | None,
     precision: str | None = None,
+    *,
+    learns_from_base: bool = False,
 ) -> dict[str, Any]:
     """All that decides how long a step takes: two runs of one pace are as fast. Plain values, as JSON gives them."""
     shares = Counter[tuple[int, int, int]]()
@@ -231,6 +366,7 @@ def pace_of(
         "checkpointed_share": checkpointed_share(config, facts.layers),
         "micro_batches_per_step": per_step,
         "micro_batches": [[*size, count] for size, count in sorted(shares.items())],
+        **({"learns_from_base": True} if learns_from_base else {}),
     }
 
 
@@ -251,6 +387,7 @@ def _bucket_plan(bucket: Bucket, shift: float) -> BucketPlan:
         micro_batches=bucket.micro_batches,
         filled=bucket.filled,
         flow_shift=round(shift, 4),
+        role=bucket.role.value,
     )
 
 
@@ -299,25 +436,69 @@ def plan_lines(plan: Plan, ledger: Ledger) -> list[str]:
     """The plan in plain lines, for the screen and the log; what belongs to a line above is indented."""
     lines = [f"Model: {plan.model}, {plan.parameters / 1e6:,.1f} M parameters, flow shift {plan.flow_shift:g}"]
     for part in ledger.datasets:
-        lines.append(f"Dataset {part.dataset}: {dataset_lines(part)[0]}")
-        lines += dataset_lines(part)[1:]
-        lines += [f"    {_bucket_line(bucket)}" for bucket in plan.buckets if bucket.dataset == part.dataset]
-    lines += [_cache_line(cache) for cache in plan.caches]
+        first, *others = dataset_lines(part, plan)
+        lines += [f"Dataset {part.dataset}: {first}", *others]
+        buckets = (*plan.buckets, *plan.held_out)
+        lines += [f"    {_bucket_line(bucket)}" for bucket in buckets if bucket.dataset == part.dataset]
+    lines += [cache_line(cache) for cache in plan.caches]
     lines.append(f"Length: {length_line(plan)}")
+    lines += schedule_lines(plan)
     lines += [f"Time: {line}" for line in time_lines(plan)]
     lines += [f"Memory: {line}" if number == 0 else line for number, line in enumerate(memory_lines(plan))]
     return [*lines, f"Disk: {disk_line(plan)}"]
 
 
-def dataset_lines(part: DatasetLedger) -> list[str]:
-    """What became of the files of a dataset; the pictures that are left out follow, indented."""
+def dataset_lines(part: DatasetLedger, plan: Plan | None = None) -> list[str]:
+    """What became of the files of a dataset and what it is for; pictures that are left out follow, indented."""
+    fate = "held out" if part.role == Role.EVAL.value else "trained"
+    not_drawn = f" + {part.not_drawn} not drawn (max_num_samples)" if part.not_drawn else ""
     lines = [
-        f"{part.found} pictures found = {part.trained} trained + {len(part.left_out)} left out; "
+        f"{part.found} pictures found = {part.trained} {fate} + {len(part.left_out)} left out{not_drawn}; "
         f"{part.not_pictures} other files, {part.caption_files} of them captions"
     ]
     lines += [f"    left out: {key} ({reason})" for key, reason in part.left_out[:LEFT_OUT_SHOWN]]
     if len(part.left_out) > LEFT_OUT_SHOWN:
         lines.append(f"    … and {len(part.left_out) - LEFT_OUT_SHOWN} more, all in ledger.json")
+    moved = Counter((one, into) for _, one, into in part.merged)
+    lines += [
+        f"    merged: {count} picture{'s' * (count != 1)} of the small bucket {one} into {into}"
+        for (one, into), count in moved.items()
+    ]
+    mine = next((each for each in plan.datasets if each.id == part.dataset), None) if plan else None
+    return lines if mine is None else [*lines, *(f"    {line}" for line in role_lines(mine, part))]
+
+
+def role_lines(dataset: DatasetPlan, part: DatasetLedger) -> list[str]:
+    """What a dataset is for, when it is shown and what belongs to it, as far as that is not the usual."""
+    lines = []
+    if dataset.role == Role.EVAL.value:
+        lines.append("held out: cached, never trained on")
+    if dataset.role == Role.REGULARISE.value:
+        learnt = "its pictures" if dataset.target == "data" else "what the model predicts before any training"
+        lines.append(f"regularisation data: it teaches {learnt}; its loss is told apart as loss_regularisation")
+    if dataset.masks:
+        other = f", {part.masks_resized} of another size than the picture, resized to it" if part.masks_resized else ""
+        lines.append(f"masks: {part.masks} found in {dataset.masks} ({dataset.mask_kind}){other}")
+    if not dataset.window.is_always:
+        begin = [f"{unit} {start}" for unit, start in (("epoch", dataset.start_epoch), ("step", dataset.start_step))
+                 if start > 1]  # fmt: skip
+        end = [f"{unit} {end}" for unit, end in (("epoch", dataset.end_epoch), ("step", dataset.end_step)) if end]
+        since = f"from {' and '.join(begin)}" if begin else "from the start"
+        lines.append(f"shown {since}{' to the end of ' + ' or '.join(end) if end else ''}")
+    if dataset.text_cache:
+        lines.append(f"captions are kept in the text cache {dataset.text_cache}")
+    return lines
+
+
+def schedule_lines(plan: Plan) -> list[str]:
+    """Which datasets the epochs show, where that changes."""
+    lines = []
+    for shown in plan.epochs_shown:
+        last = "" if shown.epochs == 1 else f" to {shown.first_epoch + shown.epochs - 1}"
+        lines.append(
+            f"    from step {shown.first_step}: epoch {shown.first_epoch}{last}, "
+            f"{shown.micro_batches_per_epoch} micro-batches: {', '.join(shown.datasets)}"
+        )
     return lines
 
 
@@ -334,9 +515,10 @@ def disk_line(plan: Plan) -> str:
 def length_line(plan: Plan) -> str:
     """How long the run is."""
     going_on = f"; going on from step {plan.first_step}" if plan.first_step else ""
+    first = " in the first" if plan.epochs_shown else ""
     return (
         f"{plan.total_steps} steps of {plan.micro_batches_per_step} micro-batch(es), "
-        f"{plan.steps_per_epoch:g} steps an epoch, {plan.epochs:.3g} epochs, {plan.images_seen:,} images, "
+        f"{plan.steps_per_epoch:g} steps an epoch{first}, {plan.epochs:.3g} epochs, {plan.images_seen:,} images, "
         f"{plan.images_per_step:.3g} a step{going_on}"
     )
 
@@ -358,8 +540,8 @@ def memory_lines(plan: Plan) -> list[str]:
     need, caching, device = plan.memory.need, plan.memory.caching, plan.memory.device
     parts = {
         "weights": need.weights_bytes, "gradients": need.gradients_bytes, "optimizer": need.optimizer_bytes,
-        "EMA": need.ema_bytes, "bf16 copies": need.copies_bytes, "activations": need.activations_bytes,
-        "other": need.overhead_bytes,
+        "EMA": need.ema_bytes, "bf16 copies": need.copies_bytes, "base model": need.base_bytes,
+        "activations": need.activations_bytes, "encoders": need.resident_bytes, "other": need.overhead_bytes,
     }  # fmt: skip
     told = ", ".join(f"{name} {human_bytes(size)}" for name, size in parts.items() if size)
     there = "" if device is None else f"; {device.name} has {human_bytes(device.total_bytes)}"
@@ -400,13 +582,21 @@ def memory_warnings(memory: MemoryPlan) -> list[str]:
     return warnings
 
 
-def _cache_line(cache: CacheNeed) -> str:
+def cache_line(cache: CacheNeed) -> str:
+    """What a cache has and lacks."""
+    if cache.mode == "none":
+        return f"Cache {cache.name}: not kept; encoded at every visit"
     bytes_text = f", about {human_bytes(cache.bytes_to_make)}" if cache.misses or cache.unknown else ""
     unknown = f", {cache.unknown} unknown (never hashed yet)" if cache.unknown else ""
-    return f"Cache {cache.name}: {cache.hits} of {cache.needed} there, {cache.misses} to make{unknown}{bytes_text}"
+    when = " when first needed" if cache.mode == "ondemand" else ""
+    return (
+        f"Cache {cache.name}: {cache.hits} of {cache.needed} there, {cache.misses} to make{when}{unknown}{bytes_text}"
+    )
 
 
 def _bucket_line(bucket: BucketPlan) -> str:
+    if bucket.role == Role.EVAL.value:
+        return f"{bucket.width_px}x{bucket.height_px}: {bucket.pictures} pictures, held out"
     repeats = f" × {bucket.repeats + 1}" if bucket.repeats else ""
     filled = f" ({bucket.filled} filled in from the same bucket)" if bucket.filled else ""
     return (

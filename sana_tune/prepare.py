@@ -8,25 +8,29 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from sana_tune.config.datasets import ImageDataset
 from sana_tune.config.load import Loaded
 from sana_tune.config.schema import Config
 from sana_tune.data import shards
-from sana_tune.data.buckets import Bucket, make_buckets
+from sana_tune.data.buckets import Bucket, make_buckets, settle, trained
 from sana_tune.data.captions import clean_caption
+from sana_tune.data.masks import with_masks
 from sana_tune.data.memory import FileMemory
 from sana_tune.data.records import Keys, Record
+from sana_tune.data.stores import open_stores
 from sana_tune.data.survey import Report, Survey, survey
 from sana_tune.errors import Problem, UserError, gather
 from sana_tune.hardware import Device, device_for
 from sana_tune.log import log
-from sana_tune.memory import Load, MemoryPlan, caching_needed, plan_memory
+from sana_tune.memory import Load, MemoryPlan, caching_needed, plan_memory, resident_needed
 from sana_tune.model import fetch
 from sana_tune.model.facts import ModelFacts, check_size, estimated_bytes, from_folder, known
 from sana_tune.model.identity import latent_identity, text_identity
@@ -35,7 +39,9 @@ from sana_tune.model.layout import component_weights
 from sana_tune.output import Output, free_bytes
 from sana_tune.plan import (
     CacheNeed,
+    Mode,
     Plan,
+    cache_line,
     latent_bytes,
     loads_of,
     make_plan,
@@ -45,10 +51,12 @@ from sana_tune.plan import (
 )
 from sana_tune.progress import Progress
 from sana_tune.prompts import prompts_of
-from sana_tune.store import FolderStore
+from sana_tune.roles import dataset_plans, held_out_copies, learns_from_base, priced, timeline_for
+from sana_tune.store import FolderStore, Store
 from sana_tune.train.folders import Checkpoint, check_identity, find, folder_name, read
 from sana_tune.watch.metrics import last_lines
 
+LOOKING_TOLD_EVERY_S = 20.0
 STEPS_TIMED = 50  # the last steps of a run, whose median tells the speed of the next one
 
 
@@ -67,6 +75,7 @@ class Prepared:
     prompts: Mapping[str, str]
     checkpoint: Checkpoint | None
     plan: Plan
+    stores: Mapping[str, Store]  # where the pictures of each dataset are
 
     @property
     def config(self) -> Config:
@@ -76,6 +85,17 @@ class Prepared:
     def captions(self) -> dict[str, str]:
         """Cache key → every text that is encoded with the instruction, and the empty one; in a fixed order."""
         return {self.keys.text(text): text for text in needed_captions(self.survey, self.prompts)}
+
+    @property
+    def captions_by_cache(self) -> dict[str, dict[str, str]]:
+        """Id of a text cache → its `captions`."""
+        wanted = texts_wanted(self.loaded, self.survey, self.prompts)
+        return {name: {self.keys.text(text): text for text in texts} for name, texts in wanted.items()}
+
+    @property
+    def negatives(self) -> dict[str, str]:
+        """Cache key → text that never has the instruction: the negative prompt, where prompts are drawn."""
+        return {self.plain_keys.text(self.negative): self.negative} if self.prompts else {}
 
     @property
     def device(self) -> Device | None:
@@ -96,10 +116,11 @@ def prepare(loaded: Loaded, output: Output, notes: Sequence[str] = (), *, fresh:
     """
     config, name = loaded.config, loaded.config.model.pretrained_model_name_or_path
     memory = FileMemory(output.file_memory)
+    stores = open_stores(loaded.datasets)
     problems: list[Problem] = []
     checkpoint = gather(problems, lambda: None if fresh else resumed(config, output))
     prompts = gather(problems, lambda: prompts_wanted(config))
-    gather(problems, lambda: check_folders(loaded))
+    gather(problems, lambda: check_folders(loaded, stores))
     expected = gather(problems, lambda: facts_at_hand(config))
     if expected is not None:
         gather(problems, lambda: check_drawing_sizes(config, expected))
@@ -107,14 +128,14 @@ def prepare(loaded: Loaded, output: Output, notes: Sequence[str] = (), *, fresh:
         raise UserError(*problems)
     surveyed = None
     if expected is not None:  # the pictures come before a download
-        surveyed = look(loaded, expected, memory)
+        surveyed = look(loaded, expected, memory, stores)
     folder = located(config)
     facts = from_folder(folder, name)
     device = device_for(config.train.device)
     if surveyed is None or expected is None or expected.vae_factor != facts.vae_factor:
-        surveyed = look(loaded, facts, memory)
+        surveyed = look(loaded, facts, memory, stores)
     check_drawing_sizes(config, facts)
-    return plan_of(loaded, output, facts, folder, surveyed, prompts or {}, checkpoint, notes, device)
+    return plan_of(loaded, output, facts, folder, surveyed, prompts or {}, checkpoint, notes, device, stores)
 
 
 def resumed(config: Config, output: Output) -> Checkpoint | None:
@@ -141,13 +162,17 @@ def prompts_wanted(config: Config) -> dict[str, str]:
     return {} if config.validation.validation_disable else prompts_of(config.validation, clean)
 
 
-def check_folders(loaded: Loaded) -> None:
-    """Raise UserError for every dataset whose folder is not there."""
+def check_folders(loaded: Loaded, stores: Mapping[str, Store]) -> None:
+    """Raise UserError for every dataset whose folder, bucket or table is not there."""
     problems: list[Problem] = []
     for dataset in loaded.datasets:
         found: list[Problem] = []
-        gather(found, FolderStore(dataset.instance_data_dir).check)
+        gather(found, stores[dataset.id].check)
         problems += [replace(problem, where=f"dataset {dataset.id}: {problem.where}") for problem in found]
+    for masks in loaded.masks:
+        found = []
+        gather(found, FolderStore(masks.instance_data_dir).check)
+        problems += [replace(problem, where=f"masks {masks.id}: {problem.where}") for problem in found]
     if problems:
         raise UserError(*problems)
 
@@ -167,9 +192,9 @@ def located(config: Config) -> Path:
     )
 
 
-def look(loaded: Loaded, facts: ModelFacts, memory: FileMemory) -> Survey:
+def look(loaded: Loaded, facts: ModelFacts, memory: FileMemory, stores: Mapping[str, Store]) -> Survey:
     """Survey the datasets. Raises UserError with all their problems."""
-    found = survey_of(loaded, facts, memory)
+    found = survey_of(loaded, facts, memory, stores, report=Looking())
     if found.problems:
         raise UserError(*found.problems)
     return found
@@ -179,6 +204,7 @@ def survey_of(
     loaded: Loaded,
     facts: ModelFacts,
     memory: FileMemory,
+    stores: Mapping[str, Store],
     *,
     headers_only: bool = False,
     report: Report | None = None,
@@ -189,16 +215,39 @@ def survey_of(
     if alignment % facts.vae_factor:
         what = f"must be a multiple of the VAE's factor {facts.vae_factor}; found {alignment}"
         raise UserError(Problem("aspect_bucket_alignment", what, f"use {facts.vae_factor}, or leave it out"))
-    return survey(
+    rounding, seed = data.aspect_bucket_rounding, loaded.config.train.seed
+    found = survey(
         loaded.datasets,
         alignment=alignment,
-        rounding=data.aspect_bucket_rounding,
+        rounding=rounding,
         prompt_case=loaded.config.model.prompt_case,
         memory=memory,
         report=report,
-        seed=loaded.config.train.seed,
+        seed=seed,
         headers_only=headers_only,
+        filters={dataset.id: loaded.text_cache_of(dataset.id).caption_filter_list for dataset in loaded.datasets},
+        strict=data.strict,
+        stores=stores,
     )
+    settled = settle(found, loaded.datasets, alignment=alignment, rounding=rounding, seed=seed)
+    return with_masks(settled, loaded.datasets, loaded.masks, memory, headers_only=headers_only)
+
+
+class Looking:
+    """Says how far a survey is, when it takes long: pictures that are far away are downloaded by it."""
+
+    def __init__(self) -> None:
+        self._dataset, self._begun_s, self._told_s = "", 0.0, 0.0
+
+    def __call__(self, dataset: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if dataset != self._dataset:
+            self._dataset, self._begun_s, self._told_s = dataset, now, now
+        elif now - self._told_s > LOOKING_TOLD_EVERY_S and done < total:
+            self._told_s = now
+            pace = done / (now - self._begun_s)
+            text = "Looking at the pictures of %s: %d of %d, %.1f a second, about %.0f min left"
+            log.info(text, dataset, done, total, pace, (total - done) / pace / 60)
 
 
 def check_drawing_sizes(config: Config, facts: ModelFacts) -> None:
@@ -225,14 +274,18 @@ def plan_of(
     checkpoint: Checkpoint | None,
     notes: Sequence[str],
     device: Device | None,
+    stores: Mapping[str, Store],
 ) -> Prepared:
     """Buckets, keys, caches and the plan from what was found. device: where it is to run, if that is known."""
     keys, plain_keys = keys_of(loaded.config, folder, output)
     buckets = make_buckets(surveyed.records, loaded.datasets)
     caches = cache_needs(loaded, output, facts, surveyed, prompts, keys)
     step = checkpoint.progress().step if checkpoint else 0
-    plan = run_plan(loaded, output, facts, folder, buckets, caches, step, notes, device)
-    return Prepared(loaded, output, facts, folder, surveyed, buckets, keys, plain_keys, prompts, checkpoint, plan)
+    told = (*notes, *held_out_copies(surveyed.records))
+    plan = run_plan(loaded, output, facts, folder, buckets, caches, step, told, device)
+    return Prepared(
+        loaded, output, facts, folder, surveyed, buckets, keys, plain_keys, prompts, checkpoint, plan, stores
+    )
 
 
 def run_plan(
@@ -259,8 +312,13 @@ def run_plan(
         disk_free_bytes=free_bytes(existing(output.root)),
         other_model_bytes=sum(sizes.values()) - sizes["transformer"],
         notes=(*notes, *loaded.notes),
-        memory=memory_of(config, facts, buckets, batches, sizes, device, precision),
+        memory=memory_of(
+            priced(config, buckets), facts, buckets, batches, sizes, device, precision, resident(loaded, sizes, buckets)
+        ),
         precision=precision,
+        datasets=dataset_plans(loaded),
+        timeline=timeline_for(loaded, buckets),
+        learns_from_base=learns_from_base(config, buckets),
     )
     return replace(plan, step_s=measured_step_s(output, plan))
 
@@ -273,10 +331,28 @@ def memory_of(
     sizes: Mapping[str, int],
     device: Device | None,
     precision: str,
+    resident_bytes: int = 0,
 ) -> MemoryPlan:
-    """Memory for caching and training. batches: as the VAE gets them. sizes: of the model's files, by component."""
+    """Memory for caching and training. batches: as the VAE gets them. sizes: of the model's files, by component.
+
+    resident_bytes: what encoders take beside training.
+    """
     caching = caching_needed(sizes["text_encoder"], sizes["vae"], batches)
-    return plan_memory(config, facts, loads_of(buckets), caching, device, precision=precision)
+    loads = loads_of(trained(buckets))
+    return plan_memory(config, facts, loads, caching, device, precision=precision, resident_bytes=resident_bytes)
+
+
+def resident(loaded: Loaded, sizes: Mapping[str, int], buckets: Sequence[Bucket]) -> int:
+    """Bytes of the encoders that are on the device while training, with what they work in: those of caches that are
+    filled on demand or not kept, and the VAE that encodes each epoch's new crops."""
+    loads: list[Load] = []
+    for dataset in loaded.datasets:
+        at_once = 1 if vae_mode(dataset) != "full" else dataset.vae_batch_size
+        if vae_mode(dataset) != "full" or dataset.vae_cache_clear_each_epoch:
+            own = [bucket.size for bucket in buckets if bucket.dataset == dataset.id]
+            loads += [Load(size.width, size.height, at_once) for size in own]
+    captions = any(text_mode(loaded, text.id) != "full" for text in (loaded.text_cache, *loaded.text_caches))
+    return resident_needed(sizes["text_encoder"] if captions else 0, sizes["vae"] if loads else 0, loads)
 
 
 def vae_batch(loaded: Loaded, dataset: str) -> int:
@@ -330,6 +406,21 @@ def keys_of(config: Config, folder: Path, output: Output) -> tuple[Keys, Keys]:
     return keys(resolve_instruction(model.sana_complex_human_instruction)), keys("")
 
 
+def vae_mode(dataset: ImageDataset) -> Mode:
+    """How a dataset's latents are kept: all before training, each when it is first needed, or not at all."""
+    return "none" if dataset.vae_cache_disable else "ondemand" if dataset.vae_cache_ondemand else "full"
+
+
+def text_mode(loaded: Loaded, name: str) -> Mode:
+    """How the embeddings of a text cache are kept."""
+    data = loaded.config.data
+    entry = next((text for text in loaded.text_caches if text.id == name), loaded.text_cache)
+    none, later = entry.text_cache_disable, entry.text_cache_ondemand
+    if data.text_cache_disable if none is None else none:
+        return "none"
+    return "ondemand" if (data.text_cache_ondemand if later is None else later) else "full"
+
+
 def cache_needs(
     loaded: Loaded,
     output: Output,
@@ -339,26 +430,62 @@ def cache_needs(
     keys: Keys | None,
 ) -> list[CacheNeed]:
     """What each cache must hold and what it lacks. keys: None while the model's files were never hashed."""
-    of_texts = text_need(output.text_folder(loaded.config, loaded.text_cache), facts, surveyed, prompts, keys)
+    entries = {text.id: text for text in (loaded.text_cache, *loaded.text_caches)}
+    needs = []
+    for name, captions in texts_wanted(loaded, surveyed, prompts).items():
+        folder, mode = output.text_folder(loaded.config, entries[name]), text_mode(loaded, name)
+        title = "text" if name == loaded.text_cache.id else f"text of {name}"
+        needs.append(text_need(title, folder, facts, captions, keys, mode))
     by_dataset: dict[str, list[Record]] = {dataset.id: [] for dataset in loaded.datasets}
     for record in surveyed.records:
         by_dataset[record.dataset].append(record)
-    folders = {dataset.id: output.latent_folder(loaded.config, dataset) for dataset in loaded.datasets}
-    return [of_texts, *(latent_need(name, folders[name], facts, by_dataset[name], keys) for name in by_dataset)]
+    for dataset in loaded.datasets:
+        folder = output.latent_folder(loaded.config, dataset)
+        records, mode = by_dataset[dataset.id], vae_mode(dataset)
+        needs.append(latent_need(dataset.id, folder, facts, records, keys, mode))
+        masked = [record for record in records if record.mask_key is not None]
+        if masked and keeps_masks(dataset):
+            needs.append(mask_need(dataset.id, folder, facts, masked, keys))
+    return needs
+
+
+def keeps_masks(dataset: ImageDataset) -> bool:
+    """Whether the masks of a dataset are kept beside its latents; those that change, or come with none, are not."""
+    return vae_mode(dataset) != "none" and not dataset.vae_cache_clear_each_epoch
+
+
+def mask_need(name: str, folder: Path, facts: ModelFacts, records: Sequence[Record], keys: Keys | None) -> CacheNeed:
+    """What the cache of a dataset must hold of masks, one number for each place of a latent, and what it lacks."""
+    there = shards.scan(folder).items
+    hashed = [record for record in records if record.mask_hash is not None and keys is not None]
+    sizes = {keys.mask(record): record.placement.target for record in hashed} if keys else {}
+    others = [record.placement.target for record in records if record.mask_hash is None or keys is None]
+    hits = sizes.keys() & there.keys()
+    lacking = [*(size for key, size in sizes.items() if key not in hits), *others]
+    to_make = sum(latent_bytes(size, facts) for size in lacking) // facts.latent_channels
+    unknown = len(others) if there else 0
+    return CacheNeed(f"masks of {name}", str(folder), len(sizes) + len(others), len(hits), to_make, unknown)
 
 
 def text_need(
-    folder: Path, facts: ModelFacts, surveyed: Survey, prompts: Mapping[str, str], keys: Keys | None
+    title: str, folder: Path, facts: ModelFacts, captions: Collection[str], keys: Keys | None, mode: Mode = "full"
 ) -> CacheNeed:
-    """What the text cache must hold and what it lacks."""
-    captions, there = needed_captions(surveyed, prompts), shards.scan(folder).items
+    """What a text cache must hold and what it lacks."""
+    if mode == "none":
+        return CacheNeed(title, str(folder), 0, 0, 0, mode=mode)
+    there = shards.scan(folder).items
     hits = len({keys.text(caption) for caption in captions}.intersection(there)) if keys and there else 0
     unknown = len(captions) if there and not keys else 0
-    return CacheNeed("text", str(folder), len(captions), hits, text_bytes(facts, len(captions) - hits), unknown)
+    return CacheNeed(title, str(folder), len(captions), hits, text_bytes(facts, len(captions) - hits), unknown, mode)
 
 
-def latent_need(name: str, folder: Path, facts: ModelFacts, records: Sequence[Record], keys: Keys | None) -> CacheNeed:
+def latent_need(
+    name: str, folder: Path, facts: ModelFacts, records: Sequence[Record], keys: Keys | None, mode: Mode = "full"
+) -> CacheNeed:
     """What the latent cache of a dataset must hold and what it lacks; equal pictures count once where that is known."""
+    title = f"latents of {name}"
+    if mode == "none":
+        return CacheNeed(title, str(folder), 0, 0, 0, mode=mode)
     there = shards.scan(folder).items
     hashed = [record for record in records if record.content_hash is not None]
 
@@ -372,7 +499,21 @@ def latent_need(name: str, folder: Path, facts: ModelFacts, records: Sequence[Re
     to_make += sum(latent_bytes(size, facts) for size in others)
     unknown = (len(others) if keys else len(sizes) + len(others)) if there else 0
     needed = len(sizes) + len(others)
-    return CacheNeed(f"latents of {name}", str(folder), needed, len(hits), to_make, unknown)
+    return CacheNeed(title, str(folder), needed, len(hits), to_make, unknown, mode)
+
+
+def texts_wanted(loaded: Loaded, surveyed: Survey, prompts: Mapping[str, str]) -> dict[str, dict[str, None]]:
+    """Id of a text cache → every text that it holds with the instruction, each once, in a fixed order.
+
+    The captions are in the cache of their dataset, the prompts in the default one, the empty caption in all.
+    """
+    of_dataset = {dataset.id: loaded.text_cache_of(dataset.id).id for dataset in loaded.datasets}
+    names = dict.fromkeys((loaded.text_cache.id, *of_dataset.values()))
+    wanted: dict[str, dict[str, None]] = {name: {"": None} for name in names}
+    for record in surveyed.records:
+        wanted[of_dataset[record.dataset]].update(dict.fromkeys(record.captions))
+    wanted[loaded.text_cache.id].update(dict.fromkeys(prompts.values()))
+    return wanted
 
 
 def needed_captions(surveyed: Survey, prompts: Mapping[str, str]) -> dict[str, None]:
@@ -396,6 +537,23 @@ def tell(prepared: Prepared) -> None:
         raise UserError(problem)
 
 
+def tell_caches(prepared: Prepared) -> None:
+    """Say what the caches lack. Raises UserError when the disk has no room for it."""
+    plan = prepared.plan
+    for cache in plan.caches:
+        log.info("%s", cache_line(cache))
+    for note in plan.notes:
+        log.warning("%s", note)
+    by_disk: dict[int, list[CacheNeed]] = {}
+    for cache in plan.caches:
+        by_disk.setdefault(existing(Path(cache.folder)).stat().st_dev, []).append(cache)
+    for caches in by_disk.values():
+        needed, free = sum(cache.bytes_to_make for cache in caches), free_bytes(existing(Path(caches[0].folder)))
+        if needed > free:
+            what = f"the caches take about {needed / 1e9:.1f} GB more; {free / 1e9:.1f} GB are free"
+            raise UserError(Problem(caches[0].folder, what, "make room, or choose another place with cache_dir"))
+
+
 def no_room(output: Output, plan: Plan) -> Problem | None:
     """What is wrong when the disk is too small for what is still to be written."""
     if plan.disk_needed_bytes <= plan.disk_free_bytes or not plan.steps_left:
@@ -407,8 +565,15 @@ def no_room(output: Output, plan: Plan) -> Problem | None:
 def tell_changes(before: Mapping[str, Any], prepared: Prepared) -> None:
     """Say when a resumed run goes on with other pictures or batches than the plan `before` (plan.json) had."""
     now = json.loads(json.dumps(prepared.plan.to_json()))
-    if before and any(before.get(key) != now[key] for key in ("buckets", "micro_batches_per_step")):
+    if before and _order_settings({"datasets": now["datasets"], **before}) != _order_settings(now):
         log.warning("the pictures or batch settings changed since then: the order from here on is the new plan's")
+
+
+def _order_settings(plan: Mapping[str, Any]) -> list[Any]:
+    """What of a plan.json decides the order of the pictures."""
+    buckets = [{"role": "train", **bucket} for bucket in plan.get("buckets", ())]
+    told = ("id", "role", "probability", "start_epoch", "start_step", "end_epoch", "end_step")
+    return [buckets, plan.get("micro_batches_per_step"), [[each.get(key) for key in told] for each in plan["datasets"]]]
 
 
 def write_down(prepared: Prepared) -> None:

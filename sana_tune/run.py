@@ -6,15 +6,29 @@ imported where it is used, so that a mistake is told in tenths of a second.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sana_tune import log as logs
+from sana_tune.caching import (
+    Caches,
+    Reading,
+    Supply,
+    encode_masks,
+    encode_pictures,
+    encode_texts,
+    masks_of,
+    open_caches,
+    redraw_of,
+)
 from sana_tune.config.load import Loaded
 from sana_tune.config.schema import Config
+from sana_tune.data.buckets import trained
 from sana_tune.data.records import Record
+from sana_tune.data.survey import Survey, strict_problems
 from sana_tune.errors import Interrupted, Problem, UserError
 from sana_tune.log import log
 from sana_tune.output import Output
@@ -26,36 +40,28 @@ from sana_tune.prepare import (
     plan_of,
     prepare,
     tell,
+    tell_caches,
     tell_changes,
     weights_dtype,
     write_down,
     write_down_export,
 )
 from sana_tune.progress import Progress
-from sana_tune.store import FolderStore
+from sana_tune.roles import is_regularised, learns_from_base, windows
 from sana_tune.train.signals import LeaveNow, Stop
 from sana_tune.watch.card import model_card
-from sana_tune.watch.events import CacheProgress
 from sana_tune.watch.sinks import MetricsSink, Sink, Watcher, screen
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from accelerate import Accelerator
-    from torch import Tensor
 
-    from sana_tune.data.cache import TensorCache
+    from sana_tune.data.cache import Tensors
     from sana_tune.data.loader import Batches
+    from sana_tune.data.order import Order
     from sana_tune.train.step import Parts
     from sana_tune.train.validate import NoValidator, Picture, Validator
-
-
-@dataclass(frozen=True)
-class Caches:
-    """What training reads: embeddings, and latents by dataset."""
-
-    text: TensorCache
-    latents: Mapping[str, TensorCache]
 
 
 def run(loaded: Loaded, *, notes: Sequence[str] = (), restart: bool = False, sinks: Sequence[Sink] = ()) -> Progress:
@@ -98,95 +104,76 @@ def work(prepared: Prepared, before: Mapping[str, Any], watcher: Watcher, stop: 
 
     accelerator = make_accelerator(prepared.config.train.device, precision(prepared.loaded))
     caches = open_caches(prepared)
-    encode_texts(prepared, caches.text, accelerator.device, watcher)
-    broken = encode_pictures(prepared, caches, accelerator.device, watcher)
-    if broken:
-        prepared = without(prepared, broken)
+    prepared = filled(prepared, caches, accelerator.device, watcher)
     tell_changes(before, prepared)
     return train(prepared, caches, accelerator, watcher, stop)
 
 
-def open_caches(prepared: Prepared) -> Caches:
-    """The caches of the run, as they stand on the disk."""
-    from sana_tune.data.cache import TensorCache
+def warm(loaded: Loaded, *, notes: Sequence[str] = (), sinks: Sequence[Sink] = ()) -> None:
+    """Fill the caches as `run` would, those that are filled on demand too, and end; nothing is trained.
 
-    config, output, text = prepared.config, prepared.output, prepared.loaded.text_cache
-    latents = {
-        dataset.id: TensorCache(output.latent_folder(config, dataset), dataset.write_batch_size)
-        for dataset in prepared.loaded.datasets
-    }
-    return Caches(TensorCache(output.text_folder(config, text), text.write_batch_size), latents)
-
-
-def encode_texts(prepared: Prepared, cache: TensorCache, device: torch.device, watcher: Watcher) -> None:
-    """Fill the text cache; the encoder is loaded only if something is missing, and freed."""
-    captions = prepared.captions
-    negative = {prepared.plain_keys.text(prepared.negative): prepared.negative} if prepared.prompts else {}
-    if not cache.missing([*captions, *negative]):
-        return
-    from sana_tune.data.filling import fill_text
-    from sana_tune.model.sana import load_text_encoder
-
-    model = prepared.config.model
-    encoder = load_text_encoder(
-        prepared.folder, device, instruction=model.sana_complex_human_instruction, variant=model.variant
-    )
-    size = prepared.config.data.text_encoder_batch_size
+    Raises as `run`. Nothing of the run's folder is changed but its caches and its log.
+    """
+    logs.setup()
+    logs.quiet_libraries()
+    stop = Stop()
     try:
-        cut = sum(encoder.is_cut(text) for text in captions.values())
-        if cut:
-            log.warning("%d captions are longer than 300 tokens with the instruction; their ends are cut", cut)
-        fill_text(cache, captions, encoder.encode, size, reporter(watcher, "text"))
-        fill_text(cache, negative, lambda texts: encoder.encode(texts, with_instruction=False), size, _silent)
+        with stop.listening():
+            _warm(loaded, notes, sinks)
+    except LeaveNow as left:
+        raise Interrupted(left.signal_number) from None
+
+
+def _warm(loaded: Loaded, notes: Sequence[str], sinks: Sequence[Sink]) -> None:
+    from sana_tune.train.device import make_accelerator
+
+    output = Output.open(Path(loaded.config.train.output_dir))
+    handler = logs.add_file(output.log_file)
+    try:
+        prepared = prepare(loaded, output, notes)
+        tell_caches(prepared)
+        device = make_accelerator(loaded.config.train.device, precision(loaded)).device
+        caches = open_caches(prepared)
+        with Watcher([screen(logs.console()), *sinks]) as watcher:
+            if broken := fill(prepared, caches, device, watcher, also=(*caches.texts, *caches.latents)):
+                without_broken(prepared, broken)
+                log.warning("%d pictures were left out; a run trains without them", len(broken))
+        log.info("The caches hold all that can be kept before training")
     finally:
-        encoder.free()
+        logs.remove(handler)
 
 
-def encode_pictures(prepared: Prepared, caches: Caches, device: torch.device, watcher: Watcher) -> dict[str, str]:
-    """Fill the latent caches; the VAE is loaded only if something is missing, and freed. Answers broken pictures."""
-    lacking: dict[str, list[Record]] = {}
-    for record in prepared.survey.records:
-        if prepared.keys.latent(record) not in caches.latents[record.dataset]:
-            lacking.setdefault(record.dataset, []).append(record)
-    if not lacking:
-        return {}
-    from sana_tune.data.filling import fill_latents
-    from sana_tune.model.sana import load_vae
-
-    coder = load_vae(prepared.folder, device, variant=prepared.config.model.variant)
-    datasets = {dataset.id: dataset for dataset in prepared.loaded.datasets}
-    broken: dict[str, str] = {}
-    try:
-        for name, records in lacking.items():
-            store = FolderStore(datasets[name].instance_data_dir)
-            broken |= fill_latents(
-                records,
-                caches.latents[name],
-                prepared.keys,
-                lambda record, store=store: store.read(record.key),
-                lambda pictures: encode_finite(coder.encode, pictures),
-                datasets[name].vae_batch_size,
-                reporter(watcher, f"latents of {name}"),
-            )
-    finally:
-        coder.free()
-    return broken
+def filled(prepared: Prepared, caches: Caches, device: torch.device, watcher: Watcher) -> Prepared:
+    """Encode what the caches lack before the first step. The run less the pictures that could not be encoded."""
+    broken = fill(prepared, caches, device, watcher)
+    return without(prepared, broken) if broken else prepared
 
 
-def encode_finite(encode: Callable[[np.ndarray], Tensor], pictures: np.ndarray) -> list[Tensor | None]:
-    """Latents of pictures [B, H, W, 3]; None in the place of each that is not finite."""
-    from sana_tune.model.sana import NotFinite
+def fill(
+    prepared: Prepared, caches: Caches, device: torch.device, watcher: Watcher, *, also: Collection[str] = ()
+) -> dict[str, str]:
+    """Encode what the caches lack. also: ids of caches that would be filled on demand. Answers the pictures that
+    cannot be encoded: `Record.id` → reason."""
+    encode_texts(prepared, caches, device, watcher, also=also)
+    now = at_start(prepared, caches)
+    broken = encode_pictures(now, caches, device, watcher, also=also)
+    return broken | encode_masks(now, caches, broken, watcher)
 
-    try:
-        return list(encode(pictures))
-    except NotFinite as error:
-        good = [index for index in range(len(pictures)) if index not in error.indices]
-        latents = iter(encode(pictures[good]) if good else ())
-        return [None if index in error.indices else next(latents) for index in range(len(pictures))]
+
+def at_start(prepared: Prepared, caches: Caches) -> Prepared:
+    """The run with the pictures of the epoch in which it goes on."""
+    redraw, step = redraw_of(prepared), prepared.plan.first_step
+    if not redraw.datasets or not step or not prepared.plan.steps_left:
+        return prepared
+    epoch, _ = batches_of(prepared, caches, caches).epochs(step)
+    return replace(prepared, survey=replace(prepared.survey, records=tuple(redraw.records(epoch))))
 
 
-def without(prepared: Prepared, broken: Mapping[str, str]) -> Prepared:
-    """The run less the pictures that could not be encoded, told and planned again."""
+def without_broken(prepared: Prepared, broken: Mapping[str, str]) -> Survey:
+    """The survey less the pictures that could not be encoded, which are told. UserError when a run cannot be without.
+
+    The ledger is written then.
+    """
     for name, reason in list(broken.items())[:10]:
         log.warning("left out: %s (%s)", name, reason)
     left = prepared.survey.without(broken)
@@ -194,6 +181,15 @@ def without(prepared: Prepared, broken: Mapping[str, str]) -> Prepared:
         prepared.output.write_json("ledger.json", left.ledger.to_json())
         what = f"not one of {len(broken)} pictures could be encoded"
         raise UserError(Problem("datasets", what, "the reasons are above and in ledger.json"))
+    if prepared.config.data.strict:
+        prepared.output.write_json("ledger.json", left.ledger.to_json())
+        raise UserError(*strict_problems(prepared.loaded.datasets, prepared.survey.records, broken))
+    return left
+
+
+def without(prepared: Prepared, broken: Mapping[str, str]) -> Prepared:
+    """The run less the pictures that could not be encoded, told and planned again."""
+    left = without_broken(prepared, broken)
     again = plan_of(
         prepared.loaded,
         prepared.output,
@@ -204,6 +200,7 @@ def without(prepared: Prepared, broken: Mapping[str, str]) -> Prepared:
         prepared.checkpoint,
         prepared.plan.notes,
         prepared.device,
+        prepared.stores,
     )
     write_down(again)
     log.warning("%d pictures were left out (ledger.json); the run has %d steps", len(broken), again.plan.total_steps)
@@ -217,36 +214,58 @@ def train(prepared: Prepared, caches: Caches, accelerator: Accelerator, watcher:
 
     config = prepared.config
     parts = build_parts(prepared, accelerator)
-    return fit(
-        prepared.plan,
-        parts,
-        batches_of(prepared, caches),
-        validator_of(prepared, caches.text, parts, stop),
-        Checkpoints(prepared.output.root, config.train.checkpoints_total_limit, identity_of(config)),
-        watcher,
-        stop,
-        resume=prepared.checkpoint,
-        export=lambda progress: export(prepared, parts, progress),
-        max_bad_steps=config.train.max_bad_steps,
-    )
+    with closing(Supply(prepared, caches, redraw_of(prepared), accelerator.device, watcher)) as supply:
+        return fit(
+            prepared.plan,
+            parts,
+            supply.steps(batches_of(prepared, caches, supply.reading, supply.records)),
+            validator_of(prepared, supply.reading.text, parts, stop),
+            Checkpoints(prepared.output.root, config.train.checkpoints_total_limit, identity_of(config)),
+            watcher,
+            stop,
+            resume=prepared.checkpoint,
+            export=lambda progress: export(prepared, parts, progress),
+            max_bad_steps=config.train.max_bad_steps,
+        )
 
 
-def batches_of(prepared: Prepared, caches: Caches) -> Batches:
-    """The run's batches, step by step."""
+def batches_of(
+    prepared: Prepared,
+    caches: Caches,
+    reading: Caches | Reading,
+    records: Callable[[int], Sequence[Record]] | None = None,
+) -> Batches:
+    """The run's batches, step by step. records: what each epoch shows, where that is not always the same."""
     from sana_tune.data.loader import Batches
-    from sana_tune.data.order import Order
 
-    config = prepared.config
-    weights = {dataset.id: dataset.probability for dataset in prepared.loaded.datasets}
+    config, loaded = prepared.config, prepared.loaded
+    texts = {dataset.id: reading.texts[loaded.text_cache_of(dataset.id).id] for dataset in loaded.datasets}
     return Batches(
-        Order(prepared.buckets, weights, config.data.data_backend_sampling, config.train.seed),
-        prepared.survey.records,
-        lambda record: caches.latents[record.dataset],
-        caches.text,
+        order_of(prepared),
+        records or prepared.survey.records,
+        lambda record: reading.latents[record.dataset],
+        lambda record: texts[record.dataset],
         prepared.keys,
         seed=config.train.seed,
         caption_dropout=config.data.caption_dropout_probability,
+        masks=masks_of(prepared, caches) if loaded.masks else None,
+        segmentation_share=config.train.masked_loss_probability,
         accumulation=config.train.gradient_accumulation_steps,
+    )
+
+
+def order_of(prepared: Prepared) -> Order:
+    """Which pictures come when."""
+    from sana_tune.data.order import Order
+
+    config = prepared.config
+    return Order(
+        trained(prepared.buckets),
+        {dataset.id: dataset.probability for dataset in prepared.loaded.datasets},
+        config.data.data_backend_sampling,
+        config.train.seed,
+        windows(prepared.loaded),
+        config.train.gradient_accumulation_steps,
     )
 
 
@@ -259,6 +278,7 @@ def build_parts(prepared: Prepared, accelerator: Accelerator) -> Parts:
 
     config, facts, wanted = prepared.config, prepared.facts, prepared.config.optimizer
     transformer, optimizer = transformer_and_optimizer(prepared, accelerator.device)
+    base = base_model(prepared, accelerator.device) if learns_from_base(config, prepared.buckets) else None
     auto, shift = config.flow.flow_schedule_auto_shift, prepared.plan.flow_shift
     ema: Ema | NoEma = NoEma()
     if config.ema.use_ema:
@@ -280,6 +300,8 @@ def build_parts(prepared: Prepared, accelerator: Accelerator) -> Parts:
         seed=config.train.seed,
         max_grad_norm=wanted.max_grad_norm,
         clip_method=wanted.grad_clip_method,
+        base=base,
+        regularised=is_regularised(prepared.buckets),
     )
 
 
@@ -314,7 +336,21 @@ def transformer_and_optimizer(prepared: Prepared, device: torch.device) -> tuple
     return transformer, optimizer
 
 
-def validator_of(prepared: Prepared, text: TensorCache, parts: Parts, stop: Stop) -> Validator | NoValidator:
+def base_model(prepared: Prepared, device: torch.device) -> Any:
+    """The untrained model, frozen: what regularisation data learns from with regularisation_target base."""
+    import torch
+
+    from sana_tune.model.attention import install
+    from sana_tune.model.sana import freeze, load_transformer
+
+    dtype = torch.bfloat16 if weights_dtype(prepared.config) == "bf16" else torch.float32
+    # In main memory first: the device has no room for it in fp32.
+    base: Any = load_transformer(prepared.folder, torch.float32, "cpu", variant=prepared.config.model.variant)
+    install(base)
+    return freeze(base, dtype, autocast=precision(prepared.loaded) == "bf16").to(device)
+
+
+def validator_of(prepared: Prepared, text: Tensors, parts: Parts, stop: Stop) -> Validator | NoValidator:
     """The validator of the run. Its VAE is loaded when pictures are drawn and let go of afterwards."""
     from sana_tune.data.images import encode_png
     from sana_tune.model.generate import Painter
@@ -411,12 +447,3 @@ def autocast_dtype(loaded: Loaded) -> torch.dtype | None:
     import torch
 
     return torch.bfloat16 if precision(loaded) == "bf16" and weights_dtype(loaded.config) == "fp32" else None
-
-
-def reporter(watcher: Watcher, cache: str) -> Callable[[int, int], None]:
-    """A function that tells a cache's progress as events."""
-    return lambda done, total: watcher.emit(CacheProgress(cache, done, total, finished=done >= total))
-
-
-def _silent(done: int, total: int) -> None:
-    """For what is too little to tell."""

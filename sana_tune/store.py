@@ -1,4 +1,4 @@
-"""Bytes by key: where pictures and captions come from. A folder today; an object store has the same methods.
+"""Bytes by key: where pictures and captions come from. A folder here; `data.stores.open_store` knows the others.
 
 Also the one way this package replaces a file: written aside, synced, renamed.
 """
@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Protocol
 
 from sana_tune.errors import Problem, UserError
 
@@ -18,7 +18,8 @@ from sana_tune.errors import Problem, UserError
 class Entry(NamedTuple):
     """One file of a store.
 
-    key: its path inside the store, with forward slashes. mtime_ns: time of the last change, ns.
+    key: its path inside the store, with forward slashes. size_bytes: -1 while it is not known.
+    mtime_ns: time of the last change, ns; where a store has a better mark of what changed (an ETag), a number of that.
     """
 
     key: str
@@ -26,8 +27,53 @@ class Entry(NamedTuple):
     mtime_ns: int
 
 
+class StoreLost(UserError):
+    """The whole place is gone, or shut: what a run does then is stop, and not leave out one file after the other."""
+
+
+class Store(Protocol):
+    """Files by key, for reading. Threads may share one. What cannot be read is a UserError, StoreLost for all of it.
+
+    all_pictures: whether everything in it is a picture, whatever its name. far_away: whether reads wait for a network.
+    """
+
+    all_pictures: bool
+    far_away: bool
+
+    def check(self) -> None:
+        """UserError when there is no such place, or it may not be read."""
+        ...
+
+    def list(self) -> Iterator[Entry]:
+        """Every file, sorted by key."""
+        ...
+
+    def entry(self, key: str) -> Entry:
+        """One file, as `list` gives it. UserError when it is not there."""
+        ...
+
+    def exists(self, key: str) -> bool:
+        """Whether there is a file of this key."""
+        ...
+
+    def open(self, key: str) -> BinaryIO:
+        """A file to read parts of; no more is fetched than is asked for."""
+        ...
+
+    def read(self, key: str) -> bytes:
+        """All bytes of a file."""
+        ...
+
+    def locate(self, key: str) -> str:
+        """Where a file is, for messages and to remember it by: a path or an address without secrets."""
+        ...
+
+
 class FolderStore:
     """The files below a folder, read-only. Links are followed; hidden files and folders do not count."""
+
+    all_pictures = False
+    far_away = False
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
@@ -51,17 +97,39 @@ class FolderStore:
 
     def open(self, key: str) -> BinaryIO:
         """The file of a key, opened for reading. UserError when it cannot be."""
-        with _told(self.locate(key)):
+        try:
             return open(self.locate(key), "rb")
+        except OSError:
+            with self._told(key):
+                raise
 
     def read(self, key: str) -> bytes:
         """All bytes of a key. UserError when they cannot be read."""
-        with _told(self.locate(key)), open(self.locate(key), "rb") as file:
+        with self._told(key), open(self.locate(key), "rb") as file:
             return file.read()
+
+    def entry(self, key: str) -> Entry:
+        """Size and time of a key. UserError when it is not there."""
+        with self._told(key):
+            status = os.stat(self.locate(key))
+            return Entry(key, status.st_size, status.st_mtime_ns)
 
     def exists(self, key: str) -> bool:
         """Whether there is a file of this key."""
         return os.path.isfile(self.locate(key))
+
+    @contextmanager
+    def _told(self, key: str) -> Iterator[None]:
+        """A file that cannot be read is told; when the whole folder is gone, that is told instead (StoreLost)."""
+        try:
+            with _told(self.locate(key)):
+                yield
+        except UserError as error:
+            if os.path.isdir(self.root):
+                raise
+            what = "the folder of the pictures was there and is gone now"
+            fix = "bring it back (is a disk or a network folder still mounted?) and start again: what is cached is kept"
+            raise StoreLost(Problem(str(self.root), what, fix)) from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -1,9 +1,10 @@
-"""How fast sana_tune is: its steps beside those of a bare loop, its start, and `sana_tune --help`.
+"""How fast sana_tune is: its steps beside those of a bare loop, its start, its data path, and `sana_tune --help`.
 
     python scripts/benchmark.py                      nano, batch 8, on the CPU
     python scripts/benchmark.py --batch 32 --threads 2
     python scripts/benchmark.py --model FOLDER --device cuda --precision bf16 --batch 4
     python scripts/benchmark.py --only check         sana_tune check over 10,000 pictures, cold and warm
+    python scripts/benchmark.py --only data          scan, preparing, loader, text cache (scripts/benchmark_data.py)
 
 Two loops are timed in one process in alternating blocks, so that whatever else the machine does slows both alike:
 ours is `train.loop.fit` as a run calls it (loader over warm caches, noise from position, clip, check, EMA,
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -34,13 +35,14 @@ sys.path.insert(0, str(ROOT))
 if TYPE_CHECKING:
     import torch
 
+    from sana_tune.caching import Caches
     from sana_tune.config.load import Loaded
     from sana_tune.data.loader import Batches, Step
     from sana_tune.prepare import Prepared
-    from sana_tune.run import Caches
 
 CLIP, DECAY, RATE = 0.1, 0.99, 1e-5
 HELP_TIMES = 5
+DATA = ("scan", "prepare", "loader", "text-cache")  # scripts/benchmark_data.py
 CHECK_SIZES = ((1024, 768), (768, 1024), (1024, 1024), (1280, 720), (900, 1200))
 
 
@@ -129,7 +131,7 @@ def bare_loop(
     weights = list(model.parameters())
     average = [weight.detach().clone() for weight in weights]
     optimizer = optimi.AdamW(weights, RATE, betas=(0.9, 0.99), weight_decay=0.0, eps=1e-6)
-    batches = batches_of(prepared, caches)
+    batches = batches_of(prepared, caches, caches)
     ready = [batch for number in range(8) for _, batch in batches.load(number)]
     data = [tuple(each.to(device) for each in (batch.latents, batch.text, batch.text_mask)) for batch in ready]
     shift = prepared.plan.flow_shift
@@ -175,11 +177,10 @@ def measure_steps(loaded: Loaded, asked: argparse.Namespace) -> Alternating:
     accelerator = make_accelerator(asked.device, asked.precision)
     caches = run.open_caches(prepared)
     with Watcher([screen(console()), MetricsSink(output.metrics_file)]) as watcher:
-        run.encode_texts(prepared, caches.text, accelerator.device, watcher)
-        run.encode_pictures(prepared, caches, accelerator.device, watcher)
+        prepared = run.filled(prepared, caches, accelerator.device, watcher)
         wait = torch.cuda.synchronize if accelerator.device.type == "cuda" else lambda: None
         bare = bare_loop(prepared, caches, accelerator.device, asked)
-        batches = Alternating(run.batches_of(prepared, caches), asked.block, bare, wait)
+        batches = Alternating(run.batches_of(prepared, caches, caches), asked.block, bare, wait)
         parts = run.build_parts(prepared, accelerator)
         checkpoints = Checkpoints(output.root, 1, identity_of(loaded.config))
         fit(prepared.plan, parts, batches, NoValidator(), checkpoints, watcher, Stop())
@@ -267,6 +268,22 @@ def tell_check(count: int) -> None:
     print(f"sana_tune check, {count:,} pictures: cold {cold:.2f} s, warm {warm:.2f} s (median of {HELP_TIMES})")
 
 
+def tell_data(parts: Sequence[str], count: int | None, rounds: int) -> None:
+    """What the data path takes, part by part. count: of pictures, items or captions, else what the bars are for."""
+    from scripts import benchmark_data
+
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
+    for part in parts:
+        if part == "scan":
+            benchmark_data.tell_scan(count or 10_000, rounds)
+        elif part == "prepare":
+            benchmark_data.tell_prepare(count or 24, rounds)
+        elif part == "loader":
+            benchmark_data.tell_loader(count or 100_000, min(count or 1000, 1000))
+        else:
+            benchmark_data.tell_text_cache(count or 256)
+
+
 def tell_steps(found: Alternating, asked: argparse.Namespace) -> None:
     """The medians and the ratio of neighbouring blocks, whose quartiles show how quiet the machine was."""
     ratios = [ours / theirs for ours, theirs in zip(found.ours, found.theirs, strict=True)]
@@ -288,13 +305,16 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=10, help="steps in a block")
     parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
     parser.add_argument("--steps-only", action="store_true", help="leave out start and help")
-    parser.add_argument("--only", choices=("check",), help="leave out all but this")
-    parser.add_argument("--pictures", type=int, default=10_000, help="for --only check")
+    parser.add_argument("--only", choices=("check", *DATA, "data"), help="leave out all but this")
+    parser.add_argument("--pictures", type=int, help="for --only: pictures, items or captions; default: the bar's")
+    parser.add_argument("--rounds", type=int, default=5, help="for --only scan and prepare")
     asked = parser.parse_args()
-    if asked.only == "check":
-        return tell_check(asked.pictures)
     if asked.threads:
         os.environ["OMP_NUM_THREADS"] = str(asked.threads)  # before torch is loaded; the start is measured with it too
+    if asked.only == "check":
+        return tell_check(asked.pictures or 10_000)
+    if asked.only:
+        return tell_data(DATA if asked.only == "data" else (asked.only,), asked.pictures, asked.rounds)
     from sana_tune import log
 
     log.quiet_libraries()

@@ -1,8 +1,8 @@
 """A Hugging Face Hub of one's own on 127.0.0.1: enough of its HTTP for the real huggingface_hub client.
 
-Serves model folders: repository info with file sizes, the file tree, and `resolve` with the hub's headers; weights
-are redirected to a "CDN" address as the real hub does. It records every request, and can refuse (gated, unknown,
-wrong revision, wrong token), fail, break a download off, or stop answering in the middle of a file.
+Serves folders, as models and as datasets: repository info with file sizes, the file tree, and `resolve` with the hub's
+headers; weights are redirected to a "CDN" address as the real hub does. It records every request, and can refuse
+(gated, unknown, wrong revision, wrong token), fail, break a download off, or stop answering in the middle of a file.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.broken:
             return self._refuse(503, "", "the hub is broken")
         parts = path.strip("/").split("/")
-        if parts[:2] == ["api", "models"]:
+        if parts[0] == "datasets":
+            parts = parts[1:]
+        if parts[:2] in (["api", "models"], ["api", "datasets"]):
             return self._api("/".join(parts[2:4]), parts[4:], parse_qs(url.query))
         if parts[0] == "cdn":
             name = "/".join(parts[1:3])
@@ -110,6 +112,10 @@ class _Handler(BaseHTTPRequestHandler):
         folder = self.hub.models[name]
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         if rest[:1] == ["tree"]:
+            folder_asked = folder.joinpath(*rest[2:])
+            if not folder_asked.is_dir():
+                return self._refuse(404, "EntryNotFound", "no such folder")
+            files = [path for path in files if path.is_relative_to(folder_asked)]
             return self._json([self._entry(path, folder) for path in files])
         siblings = [{"rfilename": path.relative_to(folder).as_posix()} for path in files]
         if query.get("blobs"):

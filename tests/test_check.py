@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from sana_tune.check import Report, look_over, own_settings, settings_changed
 from sana_tune.config.load import Loaded, load
@@ -20,7 +21,7 @@ from sana_tune.model.fetch import locate
 from sana_tune.output import Output
 from sana_tune.prepare import identity_of, prepare, write_down, write_down_export
 from sana_tune.progress import Progress
-from tests.config.helpers import write_files
+from tests.config.helpers import write_files, write_list
 from tests.data.pictures import encoded, noise, put
 from tests.test_prepare import card, checkpoint
 
@@ -311,3 +312,67 @@ def test_time_is_known_where_a_run_was_timed(tmp_path):
     (tmp_path / "output" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     plan = look_over(loaded).plan
     assert plan is not None and (plan.step_s, plan.left_s) == (0.25, 1.0)
+
+
+# ---- roles ----
+
+
+def with_roles(folder: Path, **settings: Any) -> Loaded:
+    """Three pictures with masks and two that are held out, one of which is trained too."""
+    for number in range(3):
+        put(folder / "d", f"{number}.png", 64, 64, seed=number, caption="abc"[number])
+        put(folder / "m", f"{number}.png", 64, 64, seed=10 + number)
+    put(folder / "held", "new.png", 64, 64, seed=20, caption="new")
+    shutil.copy(folder / "d" / "1.png", folder / "held" / "old.png")
+    (folder / "held" / "old.txt").write_text("old")
+    entries = [
+        {"id": "d", "instance_data_dir": "d", "conditioning_data": "m", "start_step": 0, "text_embeds": "t"},
+        {"id": "late", "instance_data_dir": "d", "start_step": 3, "is_regularisation_data": True},
+        {"id": "held", "instance_data_dir": "held", "dataset_type": "eval"},
+        {"id": "m", "instance_data_dir": "m", "dataset_type": "conditioning"},
+        {"id": "t", "dataset_type": "text_embeds", "cache_dir": str(folder / "texts")},
+        {"id": "first", "dataset_type": "text_embeds", "default": True},
+    ]
+    wanted = {"caption_strategy": "textfile", "max_train_steps": 9, "resolution": 64, **settings}
+    return load(write_list(folder, {"validation_prompt": GOOD_PROMPT, **wanted}, entries), {}, {})
+
+
+def test_the_plan_of_a_check_is_that_of_train_with_roles_and_schedules_too(tmp_path):
+    loaded = with_roles(tmp_path, regularisation_target="base")
+    found = look_over(loaded)
+    assert found.ok and found.plan is not None
+    trained = prepare(loaded, Output.open(tmp_path / "output")).plan
+    told, really = found.plan.to_json(), trained.to_json()
+    for one in (told, really):
+        one.pop("notes")
+        one["disk_free_bytes"] = 0
+    assert told["memory"]["need"]["base_bytes"] > 0
+    assert told["caches"] == really["caches"]
+    assert {key for key in told if told[key] != really[key]} <= {"memory"}, "free memory moves"
+    assert [list(shown["datasets"]) for shown in told["epochs_shown"]] == [["d"], ["d", "late"], ["d", "late"]]
+    assert [cache["name"] for cache in told["caches"]] == [
+        "text", "text of t", "latents of d", "masks of d", "latents of late", "latents of held",
+    ]  # fmt: skip
+    assert look_over(with_roles(tmp_path)).plan.memory.need.base_bytes == 0  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_held_out_pictures_that_are_trained_are_told_as_soon_as_that_is_known(tmp_path):
+    first = look_over(with_roles(tmp_path))
+    assert any("held-out pictures that were not read yet" in note for note in first.notes)
+    assert not any("that is held out" in warning for warning in first.warnings)
+    again = look_over(with_roles(tmp_path), images=True)
+    assert any("held/old.png is the same file as d/1.png" in warning for warning in again.warnings)
+    assert not any("held-out pictures that were not read" in note for note in again.notes)
+    small = Image.open(tmp_path / "d" / "2.png").resize((60, 60))
+    (tmp_path / "held" / "old.png").write_bytes(encoded(small))
+    alike = look_over(load(tmp_path / "config.json", {}, {}), images=True)
+    assert any("held/old.png is much like d/2.png" in warning for warning in alike.warnings)
+
+
+def test_missing_masks_and_small_buckets_are_problems_of_a_check_too(tmp_path):
+    loaded = with_roles(tmp_path, small_buckets="error", train_batch_size=5)
+    (tmp_path / "m" / "2.png").unlink()
+    said = "\n".join(str(problem) for problem in look_over(loaded).problems)
+    assert "every picture needs a mask of its name (conditioning_data m); 1 of 3 have none" in said
+    assert "every bucket must fill a batch of 5 (small_buckets error)" in said
+    assert "set repeats to 1 or train_batch_size to 3" in said

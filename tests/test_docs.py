@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from jsonschema import Draft202012Validator
 
 from sana_tune.cli.main import app, exit_code
 from sana_tune.config import legacy
+from sana_tune.config.caption_edits import CaptionShuffle
 from sana_tune.config.datasets import DATASET_KINDS
 from sana_tune.config.describe import SCHEMAS, schema_path
 from sana_tune.config.json_schema import json_schema
 from sana_tune.config.load import load
 from sana_tune.config.schema import section_of
+from sana_tune.config.sources import FILTER_KEYS, HUB_KEYS, TABLE_KEYS
 from scripts import build_docs
 from tests.journeys import test_mistakes as mistakes
 from tests.journeys.kit import pictures, small_run
@@ -155,8 +158,10 @@ def test_a_command_in_the_pages_exists(page, command):
 OTHER_NAMES = frozenset({
     "sana_tune", "text_embeds", "pixel_area", "constant_with_warmup", "user_prompt_library", "transformer_ema",
     "validation_images", "huggingface_hub", "cosine_with_restarts", "cosine_with_warmup", "image_embeds",
-    "instance_prompt",
+    "instance_prompt", "save_to_disk",
 })  # fmt: skip
+# Keys inside of blocks.
+BLOCK_KEYS = {*TABLE_KEYS, *HUB_KEYS, *FILTER_KEYS, *(field.name for field in fields(CaptionShuffle))}
 
 
 def test_settings_in_the_pages_exist():
@@ -171,7 +176,7 @@ def test_settings_in_the_pages_exist():
             match = named.fullmatch(code)
             if match:
                 seen.add(match[1])
-                assert match[1] in KNOWN_KEYS | OTHER_NAMES | values, f"{name_of(page)}: {code}"
+                assert match[1] in KNOWN_KEYS | OTHER_NAMES | BLOCK_KEYS | values, f"{name_of(page)}: {code}"
     assert len(seen & KEYS) >= 70 and len(seen - KEYS) >= 200
 
 

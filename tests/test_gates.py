@@ -19,10 +19,13 @@ SCRIPTS = gates.modules(ROOT / "scripts")
 # The side left of the plan (contracts §10): plain Python, so that the command line answers at once.
 TORCH_FREE_PARTS = (
     *("errors", "log", "progress", "hardware", "config", "store"),
-    *("memory", "plan", "prompts", "output", "prepare", "check", "cli"),
+    *("memory", "plan", "prompts", "output", "roles", "prepare", "check", "cli"),
 )
 TORCH_FREE_MODULES = (
-    *(f"sana_tune.data.{name}" for name in ("batch", "buckets", "captions", "geometry", "order")),
+    *(
+        f"sana_tune.data.{name}"
+        for name in ("batch", "buckets", "captions", "geometry", "masks", "order", "position", "timeline")
+    ),
     *(f"sana_tune.data.{name}" for name in ("records", "shards", "sources", "survey", "duplicates", "quality")),
     *(f"sana_tune.model.{name}" for name in ("facts", "fetch", "identity", "tokens")),
     "sana_tune.watch.events",

@@ -23,6 +23,7 @@ from sana_tune.memory import (
     memory_needed,
     plan_memory,
     recommend,
+    resident_needed,
     ways_to_fit,
 )
 from sana_tune.model.facts import ModelFacts, known
@@ -222,6 +223,47 @@ def test_what_no_setting_makes_fit_is_said(facts):
         recommend(facts, 12 * GIB, 1024, 1024, use_ema=True)
 
 
+def test_encoders_that_stay_are_counted_and_leave_less_room(facts):
+    load, gemma, vae = Load(1024, 1024, 4), 5_228_000_000, 1_250_000_000
+    assert resident_needed(0, 0, [load]) == 0
+    text, both = resident_needed(gemma, 0, [load]), resident_needed(gemma, vae, [load])
+    one = resident_needed(0, vae, [Load(1024, 1024, 1)])
+    assert gemma < text < gemma + 1e9 and vae < one < both - text
+    device = Device("GPU", 36 * GIB, 36 * GIB)
+    caching = caching_needed(gemma, vae, [load])
+    plain = plan_memory(asked(), facts, ONE, caching, device)
+    beside = plan_memory(asked(), facts, ONE, caching, device, resident_bytes=both)
+    assert beside.need.total_bytes == plain.need.total_bytes + both and not beside.fits
+    assert all(both < way.total_bytes <= device.total_bytes for way in beside.ways) and beside.ways
+    assert plan_memory(asked(), facts, ONE, caching, device, resident_bytes=37 * GIB).ways == ()
+
+
 def test_a_cpu_computes_in_fp32(facts):
     found = recommend(facts, 64 * GIB, 1024, 1024, use_ema=False, on_cpu=True)
     assert (found["mixed_precision"], found["weights_dtype"]) == ("no", "fp32")
+
+
+# ---- the untrained model beside the one that is trained ----
+
+
+def test_the_base_model_is_priced_in_the_dtype_that_is_computed_in(facts):
+    for settings, bytes_each in (
+        ({}, 2),
+        ({"weights_dtype": "bf16"}, 2),
+        ({"mixed_precision": "no"}, 4),
+    ):
+        plain = memory_needed(asked(**settings), facts, ONE)
+        with_base = memory_needed(asked(regularisation_target="base", **settings), facts, ONE)
+        assert plain.base_bytes == 0 and with_base.base_bytes == bytes_each * facts.parameters
+        assert with_base.total_bytes - plain.total_bytes == with_base.base_bytes
+
+
+def test_a_run_that_does_not_fit_beside_the_base_model_can_do_without_it(facts):
+    config = asked(regularisation_target="base")
+    least = min(
+        memory_needed(changed(config, way.changes), facts, ONE).total_bytes
+        for way in ways_to_fit(config, facts, ONE, 200 * GB)
+    )
+    small = memory_needed(asked(weights_dtype="bf16", gradient_checkpointing_interval=1), facts, ONE).total_bytes
+    ways = ways_to_fit(config, facts, ONE, small)
+    assert least > small and any(way.changes.get("regularisation_target") == "data" for way in ways)

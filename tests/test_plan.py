@@ -11,25 +11,33 @@ from typing import Any
 import pytest
 
 from sana_tune.config.schema import Config
-from sana_tune.data.buckets import Bucket
+from sana_tune.data.buckets import Bucket, trained
 from sana_tune.data.geometry import Size
+from sana_tune.data.order import timeline_of
+from sana_tune.data.records import Role
 from sana_tune.data.survey import DatasetLedger, Ledger
+from sana_tune.data.timeline import Window
+from sana_tune.errors import UserError
 from sana_tune.hardware import Device
 from sana_tune.memory import Load, MemoryPlan, caching_needed, plan_memory
 from sana_tune.model.facts import ModelFacts, known
 from sana_tune.plan import (
     CacheNeed,
+    DatasetPlan,
     Plan,
     checkpoint_bytes,
+    dataset_lines,
     human_bytes,
     human_time,
     latent_bytes,
+    length_line,
     loads_of,
     make_plan,
     memory_lines,
     memory_warnings,
     pace_of,
     plan_lines,
+    schedule_lines,
     text_bytes,
     time_lines,
     total_steps,
@@ -243,3 +251,92 @@ def test_the_pace_is_what_decides_a_steps_time(tmp_path, facts):
 )
 def test_durations_for_people(seconds, text):
     assert human_time(seconds) == text
+
+
+# ---- roles and schedules ----
+
+
+def told_of(part: DatasetLedger, dataset: DatasetPlan | None, made: Plan) -> str:
+    return "\n".join(dataset_lines(part, replace(made, datasets=(dataset,) if dataset else ())))
+
+
+def test_what_a_dataset_is_for_is_told_where_it_is_not_the_usual(tmp_path, facts):
+    made, part = plan(tmp_path, facts), DatasetLedger("cats", 12, 12, masks=12, masks_resized=3)
+    plain = told_of(part, DatasetPlan("cats", "train"), made)
+    assert plain == told_of(part, None, made) and plain.count("\n") == 0
+    scheduled = DatasetPlan("cats", "train", start_epoch=2, start_step=5, end_step=90, masks="m", mask_kind="mask")
+    said = told_of(part, scheduled, made)
+    assert "shown from epoch 2 and step 5 to the end of step 90" in said
+    assert "masks: 12 found in m (mask), 3 of another size than the picture, resized to it" in said
+    assert "shown from the start to the end of epoch 4 or step 90" in told_of(
+        part, replace(scheduled, start_epoch=1, start_step=0, end_epoch=4), made
+    )
+    regular = DatasetPlan("cats", "regularise", target="base", text_cache="t")
+    assert "it teaches what the model predicts before any training; its loss is told apart" in told_of(
+        part, regular, made
+    )
+    assert "captions are kept in the text cache t" in told_of(part, regular, made)
+    assert "it teaches its pictures" in told_of(part, replace(regular, target="data"), made)
+    held = DatasetLedger("cats", 12, 9, role="eval", not_drawn=3)
+    said = told_of(held, DatasetPlan("cats", "eval"), made)
+    assert "9 held out + 0 left out + 3 not drawn (max_num_samples)" in said and "never trained on" in said
+    merged = replace(part, merged=(("a", "96x48", "64x64"), ("b", "96x48", "64x64"), ("c", "48x96", "64x64")))
+    assert "merged: 2 pictures of the small bucket 96x48 into 64x64" in told_of(merged, None, made)
+
+
+def scheduled(folder: Path, facts: ModelFacts, when: dict[str, Window], **settings: Any) -> Plan:
+    """Two datasets of 6 and 4 micro-batches of 1 and 2 pictures, and one that is held out; two micro-batches a step."""
+    buckets = (
+        Bucket("a", Size(512, 512), tuple(range(6)), 1),
+        Bucket("b", Size(512, 512), tuple(range(6, 14)), 2),
+        Bucket("held", Size(512, 512), (14, 15, 16), 4, 0, Role.EVAL),
+    )
+    wanted = config(folder, gradient_accumulation_steps=2, **settings)
+    timeline = timeline_of(trained(buckets), {}, "auto-weighting", 0, when, 2)
+    return make_plan(wanted, facts, buckets, (), first_step=0, disk_free_bytes=10**12, timeline=timeline)
+
+
+def test_the_length_of_a_run_whose_datasets_come_and_go(tmp_path, facts):
+    """a alone has 3 steps an epoch; with b there are 5."""
+    made = scheduled(tmp_path, facts, {"b": Window(start_epoch=3, end_epoch=4)}, num_train_epochs=5)
+    assert (made.micro_batches_per_epoch, made.steps_per_epoch) == (6, 3.0)
+    assert (made.total_steps, made.epochs) == (2 * 3 + 2 * 5 + 3, 5.0)
+    assert made.images_seen == 5 * 6 + 2 * 8
+    assert [made.epoch_after(step) for step in (0, 3, 6, 11, 16, 19)] == [0, 1, 2, 3, 4, 5]
+    assert made.epoch_after(7) == pytest.approx(2.2)
+    assert [(e.first_epoch, e.first_step, e.epochs, e.datasets) for e in made.epochs_shown] == [
+        (1, 1, 2, ("a",)), (3, 7, 2, ("a", "b")), (5, 17, 1, ("a",)),
+    ]  # fmt: skip
+    assert schedule_lines(made) == [
+        "    from step 1: epoch 1 to 2, 6 micro-batches: a",
+        "    from step 7: epoch 3 to 4, 10 micro-batches: a, b",
+        "    from step 17: epoch 5, 6 micro-batches: a",
+    ]
+    assert "3 steps an epoch in the first, 5 epochs" in length_line(made)
+    short = scheduled(tmp_path, facts, {"b": Window(start_epoch=3)}, max_train_steps=4)
+    assert [shown.epochs for shown in short.epochs_shown] == [2] and schedule_lines(short)[0].endswith(": a")
+    assert json.loads(json.dumps(made.to_json()))["epochs_shown"][1]["datasets"] == ["a", "b"]
+
+
+def test_a_run_that_is_longer_than_its_datasets_is_refused_with_the_numbers(tmp_path, facts):
+    when = {"a": Window(end_step=4), "b": Window(end_epoch=1)}
+    with pytest.raises(UserError, match=r"after step 5 .* goes on to max_train_steps 9"):
+        scheduled(tmp_path, facts, {"a": Window(end_step=4), "b": Window(end_step=5)}, max_train_steps=9)
+    with pytest.raises(UserError, match="goes on to num_train_epochs 7"):
+        scheduled(tmp_path, facts, when, num_train_epochs=7)
+    assert scheduled(tmp_path, facts, when, max_train_steps=4).total_steps == 4
+
+
+def test_held_out_buckets_are_planned_apart(tmp_path, facts):
+    made = scheduled(tmp_path, facts, {}, num_train_epochs=1)
+    assert [bucket.dataset for bucket in made.buckets] == ["a", "b"] and made.total_steps == 5
+    (held,) = made.held_out
+    assert (held.dataset, held.pictures, held.role) == ("held", 3, "eval")
+    ledger = Ledger((DatasetLedger("held", 3, 3, role="eval"),))
+    assert "    512x512: 3 pictures, held out" in plan_lines(made, ledger)
+
+
+def test_asking_the_base_model_too_takes_time_and_is_another_pace(tmp_path, facts):
+    wanted = config(tmp_path)
+    assert "learns_from_base" not in pace_of(wanted, facts, BUCKETS, 1, None)
+    assert pace_of(wanted, facts, BUCKETS, 1, None, learns_from_base=True)["learns_from_base"] is True

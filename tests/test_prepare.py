@@ -20,6 +20,7 @@ from sana_tune.errors import UserError
 from sana_tune.log import log
 from sana_tune.output import Output
 from sana_tune.prepare import (
+    Looking,
     Prepared,
     cache_needs,
     drawing_sizes,
@@ -259,7 +260,7 @@ def test_caches_of_what_was_never_hashed(tmp_path):
 
     def needs(keys, headers_only: bool) -> list[tuple[int, int, int, int]]:
         memory = FileMemory() if headers_only else FileMemory(output.file_memory)
-        surveyed = survey_of(found.loaded, found.facts, memory, headers_only=headers_only)
+        surveyed = survey_of(found.loaded, found.facts, memory, found.stores, headers_only=headers_only)
         listed = cache_needs(found.loaded, output, found.facts, surveyed, {}, keys)
         return [(need.needed, need.hits, need.misses, need.unknown) for need in listed]
 
@@ -275,3 +276,18 @@ def test_caches_of_what_was_never_hashed(tmp_path):
 
 def test_the_nearest_folder_that_is_there(tmp_path):
     assert existing(tmp_path / "a" / "b" / "c") == tmp_path == existing(tmp_path)
+
+
+def test_a_long_look_at_pictures_tells_how_far_it_is(monkeypatch, caplog):
+    now = [0.0]
+    monkeypatch.setattr("sana_tune.prepare.time.monotonic", lambda: now[0])
+    looking = Looking()
+    with caplog.at_level("INFO", logger=log.name):
+        for done in range(1, 61):
+            now[0] += 1
+            looking("cats", done, 120)
+    told = dict.fromkeys(record.getMessage() for record in caplog.records)
+    assert list(told) == [
+        "Looking at the pictures of cats: 22 of 120, 1.0 a second, about 2 min left",
+        "Looking at the pictures of cats: 43 of 120, 1.0 a second, about 1 min left",
+    ]

@@ -8,20 +8,16 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from sana_tune.config.load import load
 from sana_tune.errors import UserError
 from sana_tune.log import log
-from sana_tune.model.sana import NotFinite
 from sana_tune.output import Output
 from sana_tune.prepare import prepare, write_down
-from sana_tune.run import autocast_dtype, drawing_seed, encode_finite, precision, reporter, run, without
+from sana_tune.run import autocast_dtype, drawing_seed, precision, run, without
 from sana_tune.watch.events import CacheProgress, Finished, Saved, Started, Stepped, Validated
-from sana_tune.watch.sinks import Watcher
 from tests.config.helpers import write_files
 from tests.journeys.kit import Heard, metrics_of, one_thread, pictures, small_run
 
@@ -46,21 +42,6 @@ def test_pictures_are_drawn_with_their_own_seed_or_the_runs(asked, seed, tmp_pat
     assert drawing_seed(load(write_files(tmp_path, asked), {}, {}).config) == seed
 
 
-def test_the_finite_latents_of_a_batch_are_kept():
-    def encode(batch: np.ndarray) -> Tensor:
-        """A picture of ones cannot be encoded."""
-        bad = tuple(int(index) for index in np.flatnonzero(batch.reshape(len(batch), -1).all(1)))
-        if bad:
-            raise NotFinite(bad)
-        return torch.arange(len(batch)) + 10
-
-    batch = np.zeros((4, 2, 2, 3), dtype=np.uint8)
-    assert encode_finite(encode, batch) == [10, 11, 12, 13]
-    batch[[0, 2]] = 1
-    assert encode_finite(encode, batch) == [None, 10, None, 11]
-    assert encode_finite(encode, batch[[0, 2]]) == [None, None]
-
-
 def test_what_cannot_be_encoded_is_planned_away_and_written_down(tmp_path):
     pictures(tmp_path / "pictures", 3)
     prepared = prepare(small_run(tmp_path), Output.open(tmp_path / "output"))
@@ -76,15 +57,6 @@ def test_what_cannot_be_encoded_is_planned_away_and_written_down(tmp_path):
     assert json.loads((tmp_path / "output/plan.json").read_text())["buckets"][0]["pictures"] == 2
     with pytest.raises(UserError, match="not one of 3 pictures"):
         without(prepared, {record.id: "is damaged" for record in prepared.survey.records})
-
-
-def test_a_caches_progress_is_an_event():
-    heard = Heard()
-    with Watcher([heard]) as watcher:
-        tell = reporter(watcher, "text")
-        tell(3, 5)
-        tell(5, 5)
-    assert heard.events == [CacheProgress("text", 3, 5), CacheProgress("text", 5, 5, finished=True)]
 
 
 @pytest.fixture

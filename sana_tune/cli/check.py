@@ -26,6 +26,7 @@ from sana_tune.plan import (
     human_bytes,
     length_line,
     memory_lines,
+    schedule_lines,
     time_lines,
 )
 
@@ -50,14 +51,22 @@ def check_asked(
     *,
     as_json: bool = False,
     images: bool = False,
+    left_out: bool = False,
 ) -> int:
-    """Check the run that the flags name and say what was found. Answers the exit code: 1 when anything is wrong."""
+    """Check the run that the flags name and say what was found. Answers the exit code: 1 when anything is wrong.
+
+    left_out: print the paths of the pictures that are left out, one a line, and problems to standard error.
+    """
     try:
-        with _Progress() as progress:
+        with Progress() as progress:
             report = _checked(words, config, env, example, images, progress)
     except KeyboardInterrupt:
         raise Interrupted(SIGINT) from None
-    if as_json:
+    if left_out:
+        print("".join(f"{path}\n" for path in report.left_out), end="")
+        for problem in report.problems:
+            print(f"error: {problem}", file=sys.stderr)
+    elif as_json:
         print(json.dumps(report.to_json(), ensure_ascii=False, indent=2, default=str))
     else:
         show(report)
@@ -65,7 +74,7 @@ def check_asked(
 
 
 def _checked(
-    words: Sequence[str], config: str | None, env: str | None, example: str | None, images: bool, progress: _Progress
+    words: Sequence[str], config: str | None, env: str | None, example: str | None, images: bool, progress: Progress
 ) -> Report:
     try:
         loaded, notes = load_asked(words, config, env, example)
@@ -195,10 +204,11 @@ def _dataset(dataset: Dataset, report: Report, width: int) -> Iterator[Line]:
     if settings:
         yield from (("dim", line) for line in _wrapped(f"  {settings}", width, 2))
     ledger = next(part for part in (report.ledger.datasets if report.ledger else ()) if part.dataset == dataset.id)
-    for text in dataset_lines(ledger):
+    for text in dataset_lines(ledger, report.plan):
         yield from (("", line) for line in _wrapped(f"  {text}", width, 6 if text.startswith(" ") else 4))
     if report.plan is not None:
         yield from _buckets([bucket for bucket in report.plan.buckets if bucket.dataset == dataset.id])
+        yield from _held_out([bucket for bucket in report.plan.held_out if bucket.dataset == dataset.id])
     if not ledger.trained:
         return
     yield from (("", line) for line in _wrapped(f"  captions: {_captions(dataset)}", width, 4))
@@ -223,6 +233,19 @@ def _buckets(buckets: Sequence[BucketPlan]) -> Iterator[Line]:
     if rest > 0:
         left = sum(bucket.pictures for bucket in ordered[BUCKETS_SHOWN:])
         yield "", f"    … and {_count(rest, 'bucket')} more with {_count(left, 'image')} (--json)"
+
+
+def _held_out(buckets: Sequence[BucketPlan]) -> Iterator[Line]:
+    """The buckets of a held-out dataset, which no epoch shows."""
+    if not buckets:
+        return
+    rows = [(f"{each.width_px}x{each.height_px}", f"{each.pictures:,}") for each in buckets[:BUCKETS_SHOWN]]
+    width = max(len("bucket"), *(len(size) for size, _ in rows))
+    yield "dim", f"    {'bucket':{width}}  images"
+    for size, pictures in rows:
+        yield "", f"    {size:{width}}  {pictures:>6}"
+    if len(buckets) > BUCKETS_SHOWN:
+        yield "", f"    … and {_count(len(buckets) - BUCKETS_SHOWN, 'bucket')} more (--json)"
 
 
 def _captions(dataset: Dataset) -> str:
@@ -255,7 +278,7 @@ def _shapes(dataset: Dataset) -> str:
 
 def _plan(plan: Plan, width: int) -> Iterator[Line]:
     """Length, caches, disk, memory and time."""
-    yield from _labelled("Length", [length_line(plan)], width)
+    yield from _labelled("Length", [length_line(plan), *schedule_lines(plan)], width)
     yield from _labelled("Caches", [_cache(cache) for cache in plan.caches], width)
     yield from _labelled("Disk", [disk_line(plan)], width)
     yield from _labelled("Memory", memory_lines(plan), width)
@@ -264,9 +287,12 @@ def _plan(plan: Plan, width: int) -> Iterator[Line]:
 
 
 def _cache(cache: CacheNeed) -> str:
+    if cache.mode == "none":
+        return f"{cache.name}: not kept; encoded at every visit"
     unknown = f", {cache.unknown:,} unknown (never hashed yet)" if cache.unknown else ""
+    when = " when first needed" if cache.mode == "ondemand" else ""
     to_come = f", about {human_bytes(cache.bytes_to_make)} to come" if cache.bytes_to_make else ""
-    return f"{cache.name}: {cache.hits:,} of {cache.needed:,} there, {cache.misses:,} to make{unknown}{to_come}"
+    return f"{cache.name}: {cache.hits:,} of {cache.needed:,} there, {cache.misses:,} to make{when}{unknown}{to_come}"
 
 
 def _labelled(label: str, texts: Sequence[str], width: int) -> Iterator[Line]:
@@ -289,14 +315,14 @@ def _wrapped(text: str, width: int, indent: int) -> list[str]:
     return lines or [""]
 
 
-class _Progress:
+class Progress:
     """Bars on standard error, when that is a terminal and the check takes long enough to want them."""
 
     def __init__(self) -> None:
         self._begun = time.monotonic()
         self._bars: Bars | None = None
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):

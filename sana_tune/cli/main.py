@@ -19,6 +19,11 @@ app = typer.Typer(
 )  # fmt: skip
 examples = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List and copy the packaged examples.")
 app.add_typer(examples, name="examples")
+cache = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None,
+    help="Fill, look over, verify and clear the caches of a run. Takes what train takes, --key value too.",
+)  # fmt: skip
+app.add_typer(cache, name="cache")
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -131,6 +136,9 @@ def check(
     images: Annotated[
         bool, typer.Option("--images", help="Read every picture whole: torn files, equal ones, near-duplicates.")
     ] = False,
+    left_out: Annotated[
+        bool, typer.Option("--left-out", help="Print the paths of the pictures that are left out, and nothing else.")
+    ] = False,
 ) -> None:
     """Look a whole run over and end: all that is wrong, and all that will happen. Needs no GPU and no network.
 
@@ -138,7 +146,87 @@ def check(
     """
     from sana_tune.cli.check import check_asked  # pydantic: not for --help
 
-    raise typer.Exit(check_asked(context.args, config, env, example, as_json=json, images=images))
+    raise typer.Exit(check_asked(context.args, config, env, example, as_json=json, images=images, left_out=left_out))
+
+
+Config = Annotated[str | None, typer.Option("--config", metavar="PATH", help="Config file.")]
+Env = Annotated[str | None, typer.Option("--env", metavar="NAME", help="The run of config/NAME/config.json.")]
+Example = Annotated[str | None, typer.Option("--example", "-e", metavar="NAME", help="A packaged example.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+
+
+@cache.command("warm", context_settings=PASS_THROUGH)
+def cache_warm(context: typer.Context, config: Config = None, env: Env = None, example: Example = None) -> None:
+    """Make all that the caches lack, and end: what train does before its first step."""
+    from sana_tune.cli.loading import load_asked
+
+    loaded, notes = load_asked(context.args, config, env, example)
+    from sana_tune.run import warm  # seconds of torch: only now that the files are known to be right
+
+    warm(loaded, notes=notes)
+
+
+@cache.command("stats", context_settings=PASS_THROUGH)
+def cache_stats(
+    context: typer.Context, config: Config = None, env: Env = None, example: Example = None, json: Json = False
+) -> None:
+    """What the caches hold, and what of it this run needs."""
+    from sana_tune.cli import cache as told
+
+    with told.asked(context.args, config, env, example) as loaded:
+        told.tell_stats(loaded, as_json=json)
+
+
+@cache.command("verify", context_settings=PASS_THROUGH)
+def cache_verify(
+    context: typer.Context,
+    config: Config = None,
+    env: Env = None,
+    example: Example = None,
+    json: Json = False,
+    aside: Annotated[
+        bool, typer.Option("--set-aside", help="Set damaged files aside: the next run makes again what is lost.")
+    ] = False,
+) -> None:
+    """Read the caches whole and compare every checksum; exit code 1 when anything is damaged."""
+    from sana_tune.cli import cache as told
+
+    with told.asked(context.args, config, env, example) as loaded:
+        raise typer.Exit(told.tell_verified(loaded, as_json=json, aside=aside))
+
+
+@cache.command("gc", context_settings=PASS_THROUGH)
+def cache_gc(
+    context: typer.Context,
+    config: Config = None,
+    env: Env = None,
+    example: Example = None,
+    keep: Annotated[
+        list[str] | None, typer.Option("--keep", metavar="CONFIG", help="Keep what this other config needs, too.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove it; without this, it is only said.")] = False,
+) -> None:
+    """Remove what this run does not need from its caches, and damaged files that were set aside."""
+    from sana_tune.cli import cache as told
+
+    with told.asked(context.args, config, env, example) as loaded:
+        told.clear(loaded, keep or (), for_good=yes)
+
+
+@cache.command("explain", context_settings=PASS_THROUGH)
+def cache_explain(
+    context: typer.Context,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A picture, by its path or its name.")],
+    config: Config = None,
+    env: Env = None,
+    example: Example = None,
+    json: Json = False,
+) -> None:
+    """What the cache keys of a picture are made of, and why they hit or miss."""
+    from sana_tune.cli import cache as told
+
+    with told.asked(context.args, config, env, example) as loaded:
+        raise typer.Exit(told.tell_explained(loaded, file, as_json=json))
 
 
 @examples.command("list")

@@ -35,6 +35,7 @@ FATES: dict[str, tuple[str, str]] = {
 INTRODUCTIONS: dict[str, str] = {
     "config": "`config.json`",
     "dataset": "`multidatabackend.json`, an entry for pictures; it also takes the settings marked ◆ above.",
+    "conditioning": '`multidatabackend.json`, an entry with `"dataset_type": "conditioning"`; pictures name it.',
     "text_embeds": '`multidatabackend.json`, the entry with `"dataset_type": "text_embeds"`; it may be left out.',
 }
 

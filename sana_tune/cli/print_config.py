@@ -21,8 +21,10 @@ def config_lines(loaded: Loaded) -> list[str]:
     for dataset in loaded.datasets:
         lines += ["", f"# Dataset {dataset.id}"]
         lines += _rows(dict(dataset), loaded.dataset_origins.get(dataset.id, {}))
-    text = loaded.text_cache
-    lines += ["", f"# Text cache {text.id}", *_rows(dict(text), loaded.dataset_origins.get(text.id, {}))]
+    for masks in loaded.masks:
+        lines += ["", f"# Masks {masks.id}", *_rows(dict(masks), loaded.dataset_origins.get(masks.id, {}))]
+    for text in loaded.text_caches:
+        lines += ["", f"# Text cache {text.id}", *_rows(dict(text), loaded.dataset_origins.get(text.id, {}))]
     return lines
 
 

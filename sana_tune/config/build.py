@@ -77,7 +77,9 @@ def _problem(kind: type[Section], key: str, error: dict[str, Any], values: Mappi
     if error["type"] == "missing":
         return Problem(where, "must be set and is not", _meaning(kind, key))
     value = values.get(key)
-    later = legacy.LATER_VALUES.get(key, {})
+    refused, later = legacy.REFUSED_VALUES.get(key, {}), legacy.LATER_VALUES.get(key, {})
+    if isinstance(value, str) and value in refused:
+        return Problem(where, f"{value!r} cannot be used here", refused[value])
     if isinstance(value, str) and value in later:
         return Problem(where, f"{value!r} is not built yet", later[value])
     if error["type"] == "literal_error":

@@ -28,6 +28,9 @@ CAPTION_STRATEGIES: dict[str, str] = {
     "filename": "the file's name without its ending, underscores as spaces",
     "textfile": "the .txt file of the same name; each non-empty line is a variant, one is drawn per visit",
     "instanceprompt": "instance_prompt, the same for every picture (a list: one is drawn per visit)",
+    "parquet": "a column of the table that the block parquet names (.parquet, .jsonl, .json or .csv)",
+    "csv": "a column of csv_file; for type csv",
+    "huggingface": "a column of the dataset; for type huggingface",
 }
 
 # Betas, weight decay and eps where the user names none (contracts §3; NVIDIA trains AdamW with these).

@@ -17,21 +17,27 @@ import annotated_types
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
-from sana_tune.config import legacy
+from sana_tune.config import legacy, sources
+from sana_tune.config.caption_edits import parse_caption_filters, parse_caption_shuffle
 from sana_tune.config.choices import CAPTION_STRATEGIES, LR_SCHEDULERS, OPTIMIZERS
-from sana_tune.config.datasets import INHERITED, ImageDataset, TextDataset
+from sana_tune.config.datasets import INHERITED, ConditioningDataset, ImageDataset, TextDataset
 from sana_tune.config.schema import SECTIONS, CaptionStrategy, Config, OptimizerName, SchedulerName, Section
-from sana_tune.config.values import parse_aspect_buckets, parse_instruction, parse_resolutions
+from sana_tune.config.values import parse_aspect_buckets, parse_colour, parse_instruction, parse_resolutions
 
-Home = Literal["config", "dataset", "text_embeds"]
+Home = Literal["config", "dataset", "conditioning", "text_embeds"]
 
 SCHEMAS = ("config", "multidatabackend")
 FILES: Mapping[Home, str] = {
     "config": "config.json",
     "dataset": "multidatabackend.json: a dataset of pictures",
+    "conditioning": "multidatabackend.json: the entry of a dataset's masks",
     "text_embeds": "multidatabackend.json: the text_embeds entry",
 }
-DATASET_TITLES: Mapping[Home, str] = {"dataset": "A dataset of pictures", "text_embeds": "The cache of text embeddings"}
+DATASET_TITLES: Mapping[Home, str] = {
+    "dataset": "A dataset of pictures",
+    "conditioning": "The masks of a dataset",
+    "text_embeds": "A cache of text embeddings",
+}
 
 TYPES: Mapping[type, str] = {bool: "true/false", int: "whole number", float: "number", str: "text"}
 # Types whose values are read by a function of values.py: the function says what it takes.
@@ -39,6 +45,10 @@ READ_BY: Mapping[Any, str] = {
     parse_resolutions: "size or list of sizes",
     parse_instruction: "text or list of lines",
     parse_aspect_buckets: "list of numbers or of {aspect, weight}",
+    **sources.READERS,
+    parse_colour: "colour",
+    parse_caption_shuffle: "object",
+    parse_caption_filters: "list of filters, or a file",
 }
 # Types whose values are names of a table.
 TABLES = ((OptimizerName, OPTIMIZERS), (SchedulerName, LR_SCHEDULERS), (CaptionStrategy, CAPTION_STRATEGIES))
@@ -112,7 +122,11 @@ def options() -> tuple[Option, ...]:
     for group, kind in SECTIONS.items():
         title = Config.model_fields[group].description or group
         found += [_option(key, info, group, title, "config") for key, info in kind.model_fields.items()]
-    kinds: tuple[tuple[Home, type[Section]], ...] = (("dataset", ImageDataset), ("text_embeds", TextDataset))
+    kinds: tuple[tuple[Home, type[Section]], ...] = (
+        ("dataset", ImageDataset),
+        ("conditioning", ConditioningDataset),
+        ("text_embeds", TextDataset),
+    )
     for home, kind in kinds:
         own = {key: info for key, info in kind.model_fields.items() if home != "dataset" or key not in INHERITED}
         found += [_option(key, info, home, DATASET_TITLES[home], home) for key, info in own.items()]

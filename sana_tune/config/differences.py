@@ -118,6 +118,21 @@ def crops(flat: Flat, config: Config, datasets: Sequence[ImageDataset]) -> str |
     return None
 
 
+def masks(flat: Flat, config: Config, datasets: Sequence[ImageDataset]) -> str | None:
+    """Its masked loss is divided by all places, and its masks are cut elsewhere than the pictures by random crops."""
+    if any(dataset.conditioning_data for dataset in datasets):
+        return "masks have the very crop of their pictures, and the loss is the mean over what they mark"
+    return None
+
+
+def regularisation(flat: Flat, config: Config, datasets: Sequence[ImageDataset]) -> str | None:
+    """There it only renames the loss of a full-rank run."""
+    if any(dataset.is_regularisation_data for dataset in datasets) and config.train.regularisation_target == "base":
+        return "with regularisation_target base a full-rank run learns from such pictures what the base model predicts"
+    return None
+
+
 RULES: tuple[Difference, ...] = (
     recipe, masters, schedule, clipping, shift, false_text, both_lengths, seed_zero, average, instruction, crops,
+    masks, regularisation,
 )  # fmt: skip

@@ -13,11 +13,21 @@ from typing import Any, Literal, get_origin
 from pydantic.fields import FieldInfo
 
 from sana_tune.config import legacy
-from sana_tune.config.datasets import DATASET_KINDS, ImageDataset, TextDataset
+from sana_tune.config.caption_edits import MOST_SHUFFLES, SPLITS, parse_caption_filters, parse_caption_shuffle
+from sana_tune.config.datasets import DATASET_KINDS, ConditioningDataset, EvalDataset, ImageDataset, TextDataset
 from sana_tune.config.describe import Foreign, Option, choices_of, foreign_keys, limits, members, options, told
 from sana_tune.config.findings import OF_THE_FILE
 from sana_tune.config.schema import SECTIONS, Section
-from sana_tune.config.values import NARROWEST, WIDEST, parse_aspect_buckets, parse_instruction, parse_resolutions
+from sana_tune.config.source_rules import NEEDED
+from sana_tune.config.sources import HUB_KEYS, TABLE_KEYS, parse_hub, parse_table
+from sana_tune.config.values import (
+    NARROWEST,
+    WIDEST,
+    parse_aspect_buckets,
+    parse_colour,
+    parse_instruction,
+    parse_resolutions,
+)
 
 Schema = dict[str, Any]
 
@@ -74,17 +84,32 @@ def _datasets() -> Schema:
                 "type": "object",
                 "properties": {"dataset_type": {"enum": [*DATASET_KINDS, *ignored], "default": "image"}},
                 "if": _type_is(*ignored),
-                "else": {
-                    "if": _type_is("text_embeds"),
-                    "then": {"$ref": "#/$defs/text_embeds"},
-                    "else": {"$ref": "#/$defs/image"},
-                },
+                "else": _one_of_the_kinds([kind for kind in DATASET_KINDS if kind != "image"]),
             },
             "image": _entry(ImageDataset, "dataset", "#/$defs/image"),
+            "eval": _entry(EvalDataset, "dataset", "#/$defs/eval"),
+            "conditioning": _masks(),
             "text_embeds": _entry(TextDataset, "text_embeds", "#/$defs/text_embeds"),
             "off": {"enum": _unique(OFF)},
         },
     }
+
+
+def _one_of_the_kinds(kinds: list[str]) -> Schema:
+    """The entry of the first kind whose dataset_type it has; pictures where it has none of them."""
+    if not kinds:
+        return {"$ref": "#/$defs/image"}
+    first, *rest = kinds
+    return {"if": _type_is(first), "then": {"$ref": f"#/$defs/{first}"}, "else": _one_of_the_kinds(rest)}
+
+
+def _masks() -> Schema:
+    """An entry of masks, which may also say what their pictures say."""
+    shape = _entry(ConditioningDataset, "conditioning", "#/$defs/conditioning")
+    idle = {"description": "no effect: masks are resized and cropped as their pictures are", "deprecated": True}
+    others = [key for key in ImageDataset.model_fields if key not in ConditioningDataset.model_fields]
+    shape["patternProperties"] |= {f"^(--)?{key}$": idle for key in others}
+    return shape
 
 
 def _type_is(*names: str) -> Schema:
@@ -97,7 +122,19 @@ def _entry(kind: type[Section], home: str, place: str) -> Schema:
     needed = [_given(key, dashed=False) for key, info in fields.items() if info.is_required()]
     off = [{"properties": {key: TRUE}, "required": [key]} for key in ("disabled", "disable")]
     shape = _object(fields, home, place, dashes="_")
+    if issubclass(kind, ImageDataset):
+        needed.append(_needs_of_the_type([name for name in NEEDED if name != "local"]))
     return {**shape, "if": {"anyOf": off}, "else": {"allOf": needed}}
+
+
+def _needs_of_the_type(types: list[str]) -> Schema:
+    """What an entry of the first type that it has must say of where its pictures are; a folder where it has none."""
+    name, *rest = types or ["local"]
+    needs = {"allOf": [_given(key, dashed=False) for key in NEEDED[name]]}
+    if not types:
+        return needs
+    is_it = {"anyOf": [{"properties": {key: {"const": name}}, "required": [key]} for key in ("type", "--type")]}
+    return {"if": is_it, "then": needs, "else": _needs_of_the_type(rest)}
 
 
 def _given(key: str, *, dashed: bool) -> Schema:
@@ -179,11 +216,27 @@ def _ways(key: str, info: FieldInfo, member: Any) -> list[Schema]:
         return [*one, {"type": "array", "items": {"anyOf": one}}]
     if member is parse_aspect_buckets:
         return [{"type": "array", "items": _aspect_bucket()}]
+    if member is parse_caption_shuffle:
+        return [_caption_shuffle(), {"enum": [{}]}]
+    if member is parse_caption_filters:
+        return [{"type": "array", "items": {"type": "string"}}, {"type": "string"}]
+    if member is parse_colour:
+        return [{"type": "string"}]
+    if member is parse_table:
+        return [_block(TABLE_KEYS, ["path"])]
+    if member is parse_hub:
+        return [_block(HUB_KEYS, [])]
     if member is parse_instruction:
         return [{"type": "string"}, {"type": "array"}]
     if get_origin(member) is tuple:
         return [{"type": "array", "items": {"type": "string"}}]
     return [{"type": "string", **({"minLength": 1} if info.is_required() else {})}]
+
+
+def _block(keys: Iterable[str], needed: list[str]) -> Schema:
+    """A block of settings; what each takes is told by the loader."""
+    shape: Schema = {"type": "object", "properties": {key: {} for key in keys}, "additionalProperties": False}
+    return {**shape, "required": needed, "patternProperties": {"^[$]": {}}}
 
 
 def _aspect_bucket() -> Schema:
@@ -192,6 +245,19 @@ def _aspect_bucket() -> Schema:
     weight = {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, text]}
     pair = {"type": "object", "properties": {"aspect": aspect, "weight": weight}, "required": ["aspect"]}
     return {"anyOf": [*aspect["anyOf"], {**pair, "additionalProperties": False}]}
+
+
+def _caption_shuffle() -> Schema:
+    whole, switch = {"type": "string", "pattern": WHOLE}, {"enum": [True, False, 0, 1, *("true", "false", "1", "0")]}
+    properties: Schema = {
+        "enable": switch,
+        "count": {"anyOf": [{"type": "integer", "minimum": 1, "maximum": MOST_SHUFFLES}, whole]},
+        "seed": {"anyOf": [{"type": "integer", "minimum": 0}, whole, {"type": "null"}]},
+        "split_on": {"enum": [*SPLITS]},
+        "position_start": {"anyOf": [{"type": "integer", "minimum": 0}, whole]},
+        "include_original": switch,
+    }
+    return {"type": "object", "properties": properties, "required": ["enable"], "additionalProperties": False}
 
 
 def _any_case(words: Iterable[str]) -> str:

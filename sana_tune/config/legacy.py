@@ -27,14 +27,8 @@ OFF: tuple[Any, ...] = (None, "", False, "false", "False", "none", "None", "no",
 # Not built yet, and it changes what is trained: refused unless off. The values beside a key also mean "off".
 LATER_TRAINING: dict[str, tuple[Any, ...]] = {
     "base_model_precision": (),
-    "caption_filter_list": (),
-    "caption_shuffle": (),
     "checkpoint_epoch_interval": (),
-    "conditioning_data": (),
-    "disable_after_epoch_step": (),
     "dynamo_backend": (),
-    "end_epoch": (),
-    "end_step": (),
     "ema_cpu_only": (),
     "ema_device": ("cpu", "accelerator"),
     "ema_warmup_steps": (),
@@ -64,8 +58,6 @@ LATER_TRAINING: dict[str, tuple[Any, ...]] = {
     "lr_num_cycles": (1, "1"),
     "lr_scale": (),
     "lr_scale_sqrt": (),
-    "masked_loss_probability": (1, 1.0),
-    "max_num_samples": (),
     "mixflow_enabled": (),
     "num_machines": (1, "1"),
     "num_processes": (1, "1"),
@@ -76,17 +68,9 @@ LATER_TRAINING: dict[str, tuple[Any, ...]] = {
     "pretrained_gemma_model_name_or_path": (),
     "pretrained_transformer_model_name_or_path": (),
     "scheduled_sampling_max_step_offset": (),
-    "start_epoch": (1, "1"),
-    "start_step": (),
-    "text_cache_disable": (),
-    "text_embeds": (),
-    "vae_cache_clear_each_epoch": (),
-    "vae_cache_disable": (),
     "gradient_checkpointing_offload_attention": (),
     "noise_offset": (),
     "offset_noise": (),
-    "parquet_caption_column": (),
-    "parquet_filename_column": (),
     "pretrained_transformer_subfolder": ("transformer",),
     "slider_strength": (),
     "snr_gamma": (),
@@ -95,7 +79,6 @@ LATER_TRAINING: dict[str, tuple[Any, ...]] = {
         True,
         "true",
     ),
-    "conditioning_type": (),
     "quantization_config": (),
 }
 
@@ -113,11 +96,9 @@ LATER_OUTPUT: dict[str, tuple[Any, ...]] = {
     "report_to": (),
     "save_text_encoder": (),
     "strict_epoch_limit": (),
-    "text_cache_ondemand": (),
     "text_encoder_1_precision": (),
     "tracker_project_name": (),
     "tracker_run_name": (),
-    "vae_cache_ondemand": (),
     "vae_enable_slicing": (),
     "vae_enable_tiling": (),
     "validate_after_epoch": (),
@@ -143,7 +124,6 @@ LATER_OUTPUT: dict[str, tuple[Any, ...]] = {
     "model_card_note": (),
     "modelspec_comment": (),
     "num_eval_images": (),
-    "text_embed_full_cache": (),
     "validation_adapter_path": (),
     "validation_adapter_config": (),
     "validation_external_script": (),
@@ -154,13 +134,12 @@ LATER_OUTPUT: dict[str, tuple[Any, ...]] = {
 }
 
 NO_EFFECT: dict[str, str] = {
-    "allow_dataset_oversubscription": "small buckets are always filled, and the plan says which",
+    "allow_dataset_oversubscription": "small_buckets says what becomes of small buckets, and they never stop a run",
     "aspect_bucket_disable_rebuild": "buckets are computed from the plan and never rebuilt",
     "attention_mechanism": "Sana's attention is linear; the backends chosen here do not apply to it",
-    "compress_disk_cache": "latents and embeddings are noise to a compressor; they are stored as plain safetensors",
     "dataloader_prefetch": "batches are always prefetched",
     "dataloader_prefetch_qlen": "batches are always prefetched, a few ahead",
-    "disable_bucket_pruning": "no bucket is ever pruned",
+    "disable_bucket_pruning": "no bucket is pruned unless small_buckets says drop",
     "disable_tf32": "the model computes in bf16 or fp32 as mixed_precision says",
     "enable_multiprocessing": "pictures are read by threads",
     "hash_filenames": "caches are keyed by content, not by name",
@@ -193,7 +172,6 @@ NO_EFFECT: dict[str, str] = {
     "accelerator_cache_clear_interval": "memory is handed back after caching and after drawing",
     "aspect_ratio_bucket_max": "buckets follow from the pictures",
     "aspect_ratio_bucket_min": "buckets follow from the pictures",
-    "aws_max_pool_connections": "it belongs to datasets of another type",
     "checkpointing_use_tempdir": "checkpoints are always written aside and renamed",
     "checkpoints_rolling_total_limit": "it belongs to checkpointing_rolling_steps, which is not built yet",
     "conditioning_multidataset_sampling": "there is one conditioning set at most",
@@ -251,29 +229,16 @@ NO_EFFECT: dict[str, str] = {
     "validation_method": "pictures are drawn here",
     "validation_multigpu": "there is one process",
     "validation_stitch_input_location": "it belongs to validation_input",
-    "aws_access_key_id": "it belongs to datasets of another type",
-    "aws_bucket_name": "it belongs to datasets of another type",
-    "aws_data_prefix": "it belongs to datasets of another type",
-    "aws_endpoint_url": "it belongs to datasets of another type",
-    "aws_region_name": "it belongs to datasets of another type",
-    "aws_secret_access_key": "it belongs to datasets of another type",
-    "aws_session_token": "it belongs to datasets of another type",
-    "caption_column": "it belongs to datasets of another type",
-    "csv_cache_dir": "it belongs to datasets of another type",
-    "csv_caption_column": "it belongs to datasets of another type",
-    "csv_file": "it belongs to datasets of another type",
-    "csv_url_column": "it belongs to datasets of another type",
-    "dataset_name": "it belongs to datasets of another type",
-    "huggingface": "it belongs to datasets of another type",
-    "image_column": "it belongs to datasets of another type",
-    "parquet": "it belongs to datasets of another type",
-    "split": "it belongs to datasets of another type",
 }
 
 REFUSED: dict[str, str] = {
-    "delete_unwanted_images": "nothing is ever deleted from your folders; the ledger lists what was left out",
-    "delete_problematic_images": "nothing is ever deleted from your folders; the ledger lists what could not be read",
-    "delete_nsfw_images": "nothing is ever deleted from your folders",
+    "disable_after_epoch_step": "use end_step, which ends a dataset at a step; weights do not fade here",
+    "delete_unwanted_images": "nothing is ever deleted from your folders; `sana_tune check --left-out` lists the files "
+    "that are left out, one path a line",
+    "delete_problematic_images": "nothing is ever deleted from your folders; `sana_tune check --left-out --images` "
+    "reads every picture and lists the files that are left out, one path a line",
+    "delete_nsfw_images": "nothing is ever deleted from your folders, and there is no such classifier here; "
+    "`sana_tune check --left-out` lists the files that are left out for other reasons",
     "pretrained_vae_model_name_or_path": "Sana's VAE comes with the model",
     "delete_invalid_checkpoints": "nothing is deleted for being incomplete: such checkpoints are passed over, and said",
     "enable_nsfw_check": "there is no such classifier here; filter the pictures before training",
@@ -297,12 +262,27 @@ LATER_VALUES: dict[str, dict[str, str]] = {
     "model_type": {"lora": "LoKr (lora_type lycoris) is not built yet; use full"},
     "mixed_precision": {"fp16": "use bf16", "fp8": "use bf16"},
     "crop_style": {"face": "use center, or random"},
-    "type": {"aws": "use local", "csv": "use local", "huggingface": "use local", "webshart": "use local"},
-    "metadata_backend": {"parquet": "use discovery", "huggingface": "use discovery"},
-    "caption_strategy": {"parquet": "use textfile", "csv": "use textfile", "huggingface": "use textfile"},
     "lr_scheduler": {"cosine_with_restarts": "use cosine", "inverse_sqrt": "use cosine or polynomial"},
-    "small_buckets": {"merge": "use fill", "drop": "use fill", "error": "use fill"},
-    "dataset_type": {"conditioning": "masks are not built yet", "eval": "held-out loss is not built yet"},
+    "conditioning_type": dict.fromkeys(
+        ("controlnet", "reference_strict", "reference_loose"), "use mask, or segmentation"
+    ),
+}
+
+# Values of our own keys that users have and that are no plan of ours, with what to use instead.
+REFUSED_VALUES: dict[str, dict[str, str]] = {
+    "type": {
+        "webshart": "its shards are WebDataset tar files; unpack them into a folder (type local) or bucket (type aws)",
+        "memory": "it holds nothing that could be read; caches are folders (cache_dir_vae, cache_dir)",
+    },
+    "caption_strategy": {"webshart": "unpack the shards into a folder, and use textfile or parquet"},
+    "metadata_backend": {"webshart": "unpack the shards into a folder, and use discovery or parquet"},
+    "dataset_type": {
+        "video": "Sana makes still pictures: take frames out of the videos, and use dataset_type image",
+        "audio": "Sana makes pictures, and has no use for sound: remove the entry",
+        "caption": "a picture's captions are part of its dataset (caption_strategy): remove the entry",
+        "conditioning_image_embeds": "Sana takes no pictures as a condition: remove the entry",
+        "distillation_cache": "there is no distillation here: remove the entry",
+    },
 }
 
 # Entries of multidatabackend.json that are passed over with a note.

@@ -15,7 +15,7 @@ from typing import Any
 from sana_tune.config.arguments import parse_overrides
 from sana_tune.config.backends import read_datasets
 from sana_tune.config.build import build_config
-from sana_tune.config.datasets import ImageDataset, TextDataset
+from sana_tune.config.datasets import ConditioningDataset, ImageDataset, TextDataset
 from sana_tune.config.differences import differences
 from sana_tune.config.findings import Findings
 from sana_tune.config.layers import flatten
@@ -31,6 +31,7 @@ class Loaded:
     """What a run was asked to do.
 
     origins: flat key → where its value comes from ("default", "config.json: seed", "command line: seed" …).
+    datasets: the pictures, held-out ones (EvalDataset) among them. text_cache: the default one of text_caches.
     notes:   lines to say at start: keys without effect, keys not built yet, differences in meaning.
     dataset_origins: dataset id → key → origin. secret: keys whose values must not be shown.
     """
@@ -43,6 +44,13 @@ class Loaded:
     path: Path | None
     dataset_origins: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     secret: frozenset[str] = frozenset()
+    masks: tuple[ConditioningDataset, ...] = ()
+    text_caches: tuple[TextDataset, ...] = ()
+
+    def text_cache_of(self, dataset: str) -> TextDataset:
+        """The cache of a dataset's captions: the one that its text_embeds names, else the default one."""
+        named = next((entry.text_embeds for entry in self.datasets if entry.id == dataset), None)
+        return next((text for text in self.text_caches if text.id == named), self.text_cache)
 
 
 def load(path: Path | None, overrides: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Loaded:
@@ -56,7 +64,7 @@ def load(path: Path | None, overrides: Mapping[str, Any], environ: Mapping[str, 
     config = build_config(flat, findings)
     datasets = read_datasets(flat, config, environ, findings)
     if config is not None and datasets is not None:
-        findings.problems += check_rules(config, datasets.images, findings.notes)
+        findings.problems += check_rules(config, datasets.images, findings.notes, datasets.masks)
     if findings.problems or config is None or datasets is None:
         raise UserError(*dict.fromkeys(findings.problems))
     notes = [*findings.notes, *differences(flat, config, datasets.images)]
@@ -69,4 +77,6 @@ def load(path: Path | None, overrides: Mapping[str, Any], environ: Mapping[str, 
         path,
         datasets.origins,
         flat.secret,
+        datasets.masks,
+        datasets.texts,
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from sana_tune.config.choices import LR_END_DEFAULTS, LR_POWER_USED_BY
-from sana_tune.config.datasets import ImageDataset
+from sana_tune.config.datasets import ConditioningDataset, EvalDataset, ImageDataset
 from sana_tune.config.schema import Config
+from sana_tune.config.source_rules import SOURCE_RULES, unused_source_settings
 from sana_tune.errors import Problem
 
 Rule = Callable[[Config, ImageDataset], Problem | None]
@@ -107,13 +108,25 @@ def sizes_in_order(config: Config, dataset: ImageDataset) -> Problem | None:
     return None
 
 
+def schedule_in_order(config: Config, dataset: ImageDataset) -> Problem | None:
+    """A dataset must not end before it starts."""
+    for unit in ("epoch", "step"):
+        start, end = vars(dataset)[f"start_{unit}"], vars(dataset)[f"end_{unit}"]
+        if end and end < start:
+            what = f"end_{unit} must not be below start_{unit}; found {end} and {start}"
+            return Problem(f"dataset {dataset.id}", what, f"both {unit}s are shown themselves: swap or drop one")
+    return None
+
+
 DATASET_RULES: tuple[Rule, ...] = (
+    *SOURCE_RULES,
     needs_instance_prompt,
     sizes_are_in_their_unit,
     downsample_needs_both,
     sizes_in_order,
     aspects_need_buckets,
     aspects_in_order,
+    schedule_in_order,
 )
 
 
@@ -169,16 +182,61 @@ def bf16_needs_kahan(config: Config) -> Problem | None:
     return None
 
 
+def someone_starts(datasets: Sequence[ImageDataset]) -> Problem | None:
+    """At least one dataset must be there from the first step on."""
+    trained = [dataset for dataset in datasets if not isinstance(dataset, EvalDataset)]
+    if not trained or any(dataset.start_epoch <= 1 and dataset.start_step <= 1 for dataset in trained):
+        return None
+    starts = "; ".join(f"{each.id}: start_epoch {each.start_epoch}, start_step {each.start_step}" for each in trained)
+    what = f"at least one dataset must be shown from the start (start_epoch 1, start_step 0); found {starts}"
+    return Problem("datasets", what, "lower the start of one of them")
+
+
+TRAINED_ALONE = (
+    "repeats", "probability", "start_epoch", "start_step", "end_epoch", "end_step", "is_regularisation_data",
+    "conditioning_data", "small_buckets",
+)  # fmt: skip
+
+
+def unused_roles(
+    config: Config, datasets: Sequence[ImageDataset], masks: Sequence[ConditioningDataset] = ()
+) -> list[str]:
+    """Notes on settings of datasets that their role, or the want of one, leaves without effect."""
+    notes = []
+    for dataset in datasets:
+        if isinstance(dataset, EvalDataset):
+            general = {**type(dataset).model_fields}
+            given = [
+                key
+                for key in TRAINED_ALONE
+                if key in dataset.model_fields_set
+                and vars(dataset)[key] not in (general[key].default, dict(config.data).get(key))
+            ]
+            if given:
+                verb = "has" if len(given) == 1 else "have"
+                notes.append(f"dataset {dataset.id}: {', '.join(given)} {verb} no effect: it is never trained on")
+    regularised = any(each.is_regularisation_data for each in datasets if not isinstance(each, EvalDataset))
+    if config.train.regularisation_target == "base" and not regularised:
+        notes.append("regularisation_target base has no effect: no dataset has is_regularisation_data")
+    if config.train.masked_loss_probability < 1 and not any(m.conditioning_type == "segmentation" for m in masks):
+        notes.append("masked_loss_probability has no effect: no dataset has masks with conditioning_type segmentation")
+    return notes
+
+
 CONFIG_RULES: tuple[Callable[[Config], Problem | None], ...] = (bf16_needs_kahan, end_below_start)
 
 
-def check_rules(config: Config, datasets: Sequence[ImageDataset], notes: list[str]) -> list[Problem]:
-    """All problems between settings; what only needs saying is appended to `notes`."""
+def check_rules(
+    config: Config, datasets: Sequence[ImageDataset], notes: list[str], masks: Sequence[ConditioningDataset] = ()
+) -> list[Problem]:
+    """All problems between settings; what only needs saying is appended to `notes`. masks: those that are used."""
     problems = [problem for dataset in datasets for rule in DATASET_RULES if (problem := rule(config, dataset))]
     problems += [problem for rule in CONFIG_RULES if (problem := rule(config))]
+    problems += [problem] if (problem := someone_starts(datasets)) else []
     notes += unused_schedule_settings(config)
     for dataset in datasets:
         notes += unused_crop_settings(dataset)
+        notes += unused_source_settings(dataset)
     inert = [
         dataset.id
         for dataset in datasets
@@ -189,10 +247,5 @@ def check_rules(config: Config, datasets: Sequence[ImageDataset], notes: list[st
             "maximum_image_size and target_downsample_size do nothing with crop: false "
             f"(datasets {', '.join(inert)}): pictures are resized once to their bucket"
         )
-    for dataset in datasets:
-        if dataset.is_regularisation_data:
-            notes.append(
-                f"dataset {dataset.id}: is_regularisation_data is not built yet: no effect in this version, "
-                "its pictures are trained like any other's"
-            )
+    notes += unused_roles(config, datasets, masks)
     return problems

@@ -28,6 +28,8 @@ class AspectBucket(NamedTuple):
     weight: float = 1.0
 
 
+WHITE = "#ffffff"
+
 # Aspect ratios beyond these are slips (pixels, or a percentage) and no shapes of pictures.
 NARROWEST, WIDEST = 0.05, 20.0
 
@@ -109,6 +111,24 @@ def _aspect(value: Any) -> float:
     sides = re.fullmatch(r"\s*(\d+)\s*[:/xX×]\s*(\d+)\s*", value) if isinstance(value, str) else None
     hint = f" (write {int(sides[1]) / int(sides[2]):.4g})" if sides and int(sides[2]) else ""
     raise ValueError(f"{must}; found {_shown(value)}{hint}")
+
+
+def parse_colour(value: Any) -> Any:
+    """A colour as "#rrggbb": so written, as "#rgb", or by one of the names of CSS. Raises ValueError."""
+    if value is None or value == "":
+        return WHITE
+    text = str(value).strip().lower()
+    digits = re.fullmatch(r"#([0-9a-f]{3}|[0-9a-f]{6})", text)
+    if digits is not None:
+        return text if len(text) == 7 else "#" + "".join(2 * digit for digit in digits[1])
+    from PIL.ImageColor import colormap  # a tenth of a second: for names alone
+
+    found = colormap.get(text)
+    if isinstance(found, str):
+        return found
+    guess = nearest(text, colormap)
+    hint = f" (did you mean {guess}?)" if guess else ""
+    raise ValueError(f"a colour is #rrggbb or a name such as white or grey; found {_shown(value)}{hint}")
 
 
 def _shown(value: Any) -> str:

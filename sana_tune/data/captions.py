@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from posixpath import basename, splitext
 
+from sana_tune.config.caption_edits import CaptionShuffle, filtered
 from sana_tune.data.sources import CAPTION_ENDING
+from sana_tune.data.tables import TableCaptions
+from sana_tune.data.variants import shuffled
 
 # The bytes of a file by key, or None when there is no such file.
 ReadFile = Callable[[str], bytes | None]
@@ -20,6 +23,9 @@ class CaptionRules:
     prepend, only:    put an instance prompt before every caption, or in place of it.
     one_per_line:     each non-empty line of a caption file is a variant; else the file is one caption.
     case:             "lower" as diffusers' pipeline does with prompts, or "keep".
+    filters:          what is removed from captions or replaced (config.caption_edits), before anything else is done.
+    shuffle:          how more variants are made of each caption; None = none are.
+    table:            the captions of the strategies parquet, csv and huggingface.
     """
 
     strategy: str = "filename"
@@ -28,6 +34,9 @@ class CaptionRules:
     only: bool = False
     one_per_line: bool = True
     case: str = "lower"
+    filters: tuple[str, ...] = ()
+    shuffle: CaptionShuffle | None = None
+    table: TableCaptions | None = None
 
 
 @dataclass(frozen=True)
@@ -38,9 +47,15 @@ class Missing:
 
 
 def captions_of(key: str, read: ReadFile, rules: CaptionRules) -> tuple[str, ...] | Missing:
-    """The final caption variants of a picture, at least one and none of them empty, or why there is none."""
+    """The final caption variants of a picture, at least one and none of them empty, or why there is none.
+
+    Captions are read, filtered and shuffled; then an instance prompt is put before them, which stays as it is.
+    """
     strategy = STRATEGIES["instanceprompt" if rules.only else rules.strategy]
     found = strategy(key, read, rules)
+    if isinstance(found, Missing):
+        return found
+    found = _edited(found, rules)
     if isinstance(found, Missing):
         return found
     if rules.prepend and strategy is not from_instance_prompt:
@@ -48,7 +63,19 @@ def captions_of(key: str, read: ReadFile, rules: CaptionRules) -> tuple[str, ...
             return Missing("prepend_instance_prompt is on, but instance_prompt is not set")
         found = tuple(f"{prompt} {text.strip()}" for text in found for prompt in rules.instance_prompts)
     cleaned = (clean_caption(caption, rules.case) for caption in found)
-    return tuple(caption for caption in cleaned if caption) or Missing("its caption is empty")
+    final = tuple(caption for caption in cleaned if caption)
+    return (final if rules.shuffle is None else tuple(dict.fromkeys(final))) or Missing("its caption is empty")
+
+
+def _edited(captions: tuple[str, ...], rules: CaptionRules) -> tuple[str, ...] | Missing:
+    """The captions filtered, and their variants; those of which nothing is left are dropped."""
+    if rules.filters:
+        captions = tuple(text for caption in captions if (text := filtered(caption.strip(), rules.filters)).strip())
+        if not captions:
+            return Missing("its caption is empty once caption_filter_list is applied")
+    if rules.shuffle is None:
+        return captions
+    return tuple(text for caption in captions for text in shuffled(caption.strip(), rules.shuffle))
 
 
 def reads_files(rules: CaptionRules) -> bool:
@@ -89,6 +116,16 @@ def from_instance_prompt(key: str, read: ReadFile, rules: CaptionRules) -> tuple
     return rules.instance_prompts or Missing("instance_prompt is not set")
 
 
+def from_table(key: str, read: ReadFile, rules: CaptionRules) -> tuple[str, ...] | Missing:
+    """The captions of the picture's row."""
+    if rules.table is None:
+        return Missing(f"caption_strategy {rules.strategy} has no table")
+    found = rules.table.texts.get(key)
+    if found is None:
+        return Missing(f"{rules.table.table} has no row for it")
+    return found or Missing(f"its row in {rules.table.table} has no caption")
+
+
 def caption_key(key: str) -> str:
     """The key of a picture's caption file: "cats/01.png" → "cats/01.txt"."""
     return splitext(key)[0] + CAPTION_ENDING
@@ -98,4 +135,7 @@ STRATEGIES: dict[str, Callable[[str, ReadFile, CaptionRules], tuple[str, ...] | 
     "filename": from_file_name,
     "textfile": from_text_file,
     "instanceprompt": from_instance_prompt,
+    "parquet": from_table,
+    "csv": from_table,
+    "huggingface": from_table,
 }

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sana_tune.data.memory import FileMemory
 from sana_tune.data.records import content_hash
 from sana_tune.errors import UserError
-from sana_tune.store import Entry, FolderStore
+from sana_tune.store import Store, StoreLost
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +41,7 @@ class Picture:
     """One file among the pictures to look at. name: in the user's words (dataset/key)."""
 
     name: str
-    store: FolderStore
+    store: Store
     key: str
 
     @property
@@ -107,10 +107,11 @@ def _look(picture: Picture, memory: FileMemory) -> Mapping[str, Any]:
     from sana_tune.data.images import BrokenImage, decode  # Pillow and numpy: not before they are needed
 
     try:
-        status = os.stat(picture.path)
-        entry = Entry(picture.key, status.st_size, status.st_mtime_ns)
-    except OSError as error:
-        return {"broken": f"cannot be read: {error.strerror or error}"}
+        entry = picture.store.entry(picture.key)
+    except StoreLost:
+        raise
+    except UserError as error:
+        return {"broken": error.problems[0].what}
     known = memory.get(picture.path, entry) or {}
     if _WHOLE <= known.keys():
         return known
@@ -119,9 +120,13 @@ def _look(picture: Picture, memory: FileMemory) -> Mapping[str, Any]:
     try:
         data = picture.store.read(picture.key)
         seen = {"hash": content_hash(data), "looks": f"{looks_of(decode(data)):016x}"}
+        if entry.size_bytes < 0:  # it was downloaded just now
+            entry = picture.store.entry(picture.key)
     except BrokenImage as error:
         memory.put(picture.path, entry, {**known, "torn": error.reason})
         return {"broken": error.reason}
+    except StoreLost:
+        raise
     except UserError as error:
         return {"broken": error.problems[0].what}
     memory.put(picture.path, entry, {**known, **seen})

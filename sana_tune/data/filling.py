@@ -1,31 +1,77 @@
 """Filling the caches: what is missing is encoded, by functions that come from outside, and committed as it goes.
 
 Data never learns what a VAE or a text encoder is: `encode` takes final captions or pictures and gives tensors.
+Several processes may fill one cache at once: each looks what the others committed before it encodes a batch, and
+begins at a place of its own.
 """
 
 from __future__ import annotations
 
 import os
+import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from sana_tune.data.cache import TensorCache
+from sana_tune.data.cache import TensorCache, Writer
 from sana_tune.data.images import BrokenImage, prepare
+from sana_tune.data.notes import latent_note, text_note
 from sana_tune.data.records import Keys, Record, content_hash
-from sana_tune.errors import UserError
+from sana_tune.errors import Problem, UserError
+from sana_tune.log import log
+from sana_tune.store import StoreLost
 
-# done, total: items made so far and to be made in all.
+# done, total: items made so far and to be made in all; first of all with 0.
 Report = Callable[[int, int], None]
 Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 _WORKERS = min(8, os.cpu_count() or 1)
 _BATCHES_AHEAD = 4  # batches decoded and resized while the encoder works
+
+
+class Halving(Generic[Made]):
+    """An encoder whose batches get smaller when the device has no room for them; that is said once.
+
+    items: what it encodes, in words ("pictures"). relieve: hands memory back to the device after a failure.
+    """
+
+    def __init__(self, encode: Callable[[Any], Sequence[Made]], items: str, relieve: Callable[[], None] = lambda: None):
+        self._encode = encode
+        self._items = items
+        self._relieve = relieve
+        self._most: int | None = None
+
+    def __call__(self, batch: list[str] | np.ndarray) -> list[Made]:
+        """What `encode` makes of a batch, in order. UserError when not even one item fits."""
+        made: list[Made] = []
+        while len(made) < len(batch):
+            size = len(batch) - len(made)
+            size = size if self._most is None else min(size, self._most)
+            try:
+                made += self._encode(batch[len(made) : len(made) + size])
+                continue
+            except torch.OutOfMemoryError as error:
+                if size == 1:
+                    raise self._too_large(batch) from error
+            self._relieve()  # out of the handler, which holds what the failed attempt had made
+            if self._most is None:
+                text = "%d %s at once do not fit into the device's memory: going on with half as many"
+                log.warning(text, size, self._items)
+            self._most = max(1, size // 2)
+        return made
+
+    def _too_large(self, batch: list[str] | np.ndarray) -> UserError:
+        size = f" of {batch.shape[2]}x{batch.shape[1]} px" if isinstance(batch, np.ndarray) else ""
+        what = f"there is no room in the device's memory to encode {self._items}{size}, not even one at a time"
+        fix = "close other programs that use the device, use smaller pictures, or fill the caches with --device cpu"
+        return UserError(Problem("caching", what, f"{fix}; what was encoded so far is kept"))
 
 
 def fill_text(
@@ -34,17 +80,25 @@ def fill_text(
     encode: Callable[[list[str]], list[Tensor]],
     batch_size: int,
     report: Report,
+    encoder: str = "",
 ) -> int:
-    """Encode the captions (key → final text) that the cache has not. Answers how many were made."""
+    """Encode the captions (key → final text) that the cache has not. Answers how many were made.
+
+    encoder: who encodes, for the notes that go with the items.
+    """
     missing = cache.missing(captions)
-    done = 0
+    done = made = 0
+    if not missing:
+        return 0
+    report(0, len(missing))
     with cache.writer() as writer:
-        for keys in chunks(missing, batch_size):
-            for key, tensor in zip(keys, encode([captions[key] for key in keys]), strict=True):
-                writer.add(key, tensor)
-            done += len(keys)
+        for chunk in _shared_out(list(chunks(missing, batch_size)), writer):
+            keys = _still_missing(cache, chunk)
+            for key, tensor in zip(keys, encode([captions[key] for key in keys]) if keys else (), strict=True):
+                writer.add(key, tensor, text_note(captions[key], encoder))
+            done, made = done + len(chunk), made + len(keys)
             report(done, len(missing))
-    return done
+    return made
 
 
 def fill_latents(
@@ -68,19 +122,71 @@ def fill_latents(
     todo = sorted(cache.missing(by_key), key=lambda key: by_key[key][0].placement.target)  # stable: one size together
     broken: dict[str, str] = {}
     done = 0
+    if not todo:
+        return {}
+    report(0, len(todo))
     with cache.writer() as writer:
-        for batch in _prepared([(key, by_key[key][0]) for key in todo], read, batch_size):
-            sound = [(key, picture) for key, picture in batch if not isinstance(picture, str)]
+        groups = _shared_out(list(_of_one_size([(key, by_key[key][0]) for key in todo], batch_size)), writer)
+        for batch in _prepared(groups, read):
+            wanted = set(_still_missing(cache, [key for key, _ in batch]))
+            sound = [(key, picture) for key, picture in batch if not isinstance(picture, str) and key in wanted]
             reasons = {key: picture for key, picture in batch if isinstance(picture, str)}
             for (key, _), latent in zip(sound, _encoded(sound, encode), strict=True):
                 if latent is None:
                     reasons[key] = "its latent is not finite"
                 else:
-                    writer.add(key, latent)
+                    writer.add(key, latent, latent_note(by_key[key][0], keys))
             broken |= {record.id: reason for key, reason in reasons.items() for record in by_key[key]}
             done += len(batch)
             report(done, len(todo))
     return broken
+
+
+def undecodable(
+    records: Sequence[Record], read: Callable[[Record], bytes], report: Report
+) -> tuple[dict[str, str], list[Record]]:
+    """Decode pictures and keep nothing: those that cannot be (`Record.id` → reason), and the sound ones."""
+    broken: dict[str, str] = {}
+    sound: list[Record] = []
+    groups = chunks(((record.id, record) for record in records), _WORKERS)
+    for batch, group in zip(_prepared(groups, read), chunks(records, _WORKERS), strict=True):
+        for (name, picture), record in zip(batch, group, strict=True):
+            if isinstance(picture, str):
+                broken[name] = picture
+            else:
+                sound.append(record)
+        report(len(broken) + len(sound), len(records))
+    return broken, sound
+
+
+def one_latent(
+    record: Record,
+    read: Callable[[Record], bytes],
+    encode: Callable[[np.ndarray], list[Tensor | None]],
+) -> Tensor:
+    """The latent of one picture, now. UserError when it cannot be made."""
+    picture = _picture(record, read)
+    latent = None if isinstance(picture, str) else encode(picture[None])[0]
+    if latent is None:
+        what = picture if isinstance(picture, str) else "its latent is not finite"
+        fix = (
+            "start again: it is left out then; with the cache on (`sana_tune cache warm`) that is found before training"
+        )
+        raise UserError(Problem(record.id, f"this picture cannot be encoded: {what}", fix))
+    return latent
+
+
+def _shared_out(batches: list[Item], writer: Writer) -> list[Item]:
+    """The batches in the order in which they are made: beside other processes in an order of one's own."""
+    if not writer.alone:
+        random.Random(os.urandom(8)).shuffle(batches)
+    return batches
+
+
+def _still_missing(cache: TensorCache, keys: Sequence[str]) -> list[str]:
+    """Those that no other process committed since."""
+    cache.refresh()
+    return cache.missing(keys)
 
 
 def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -98,32 +204,39 @@ def _encoded(
 
 
 def _prepared(
-    todo: Sequence[tuple[str, Record]], read: Callable[[Record], bytes], batch_size: int
+    groups: Iterable[list[tuple[str, Record]]], read: Callable[[Record], bytes]
 ) -> Iterator[list[tuple[str, np.ndarray | str]]]:
     """Batches of one size, decoded and resized by threads a few batches ahead; a broken one is its reason."""
+    waiting: deque[list[tuple[str, Future[Any]]]] = deque()
 
-    def work(key: str, record: Record) -> tuple[str, np.ndarray | str]:
-        try:
-            data = read(record)
-            if content_hash(data) != record.content_hash:
-                return key, "was changed after the run had looked at it; start again"
-            return key, prepare(data, record.placement)
-        except BrokenImage as error:
-            return key, error.reason
-        except UserError as error:
-            return key, error.problems[0].what
+    def first() -> list[tuple[str, np.ndarray | str]]:
+        return [(key, future.result()) for key, future in waiting.popleft()]
 
-    waiting: deque[list[Future]] = deque()
     with ThreadPoolExecutor(_WORKERS, thread_name_prefix="pictures") as workers:
         try:
-            for group in _of_one_size(todo, batch_size):
-                waiting.append([workers.submit(work, key, record) for key, record in group])
+            for group in groups:
+                waiting.append([(key, workers.submit(_picture, record, read)) for key, record in group])
                 if len(waiting) > _BATCHES_AHEAD:
-                    yield [future.result() for future in waiting.popleft()]
+                    yield first()
             while waiting:
-                yield [future.result() for future in waiting.popleft()]
+                yield first()
         finally:
             workers.shutdown(wait=True, cancel_futures=True)
+
+
+def _picture(record: Record, read: Callable[[Record], bytes]) -> np.ndarray | str:
+    """A training picture [H, W, 3] uint8, or why there is none."""
+    try:
+        data = read(record)
+        if content_hash(data) != record.content_hash:
+            return "was changed after the run had looked at it; start again"
+        return prepare(data, record.placement, record.ground)
+    except BrokenImage as error:
+        return error.reason
+    except StoreLost:
+        raise
+    except UserError as error:
+        return error.problems[0].what
 
 
 def _of_one_size(todo: Sequence[tuple[str, Record]], batch_size: int) -> Iterator[list[tuple[str, Record]]]:

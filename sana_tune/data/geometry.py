@@ -146,6 +146,16 @@ def place(original: Size, rules: Rules, chance: Chance | None = None) -> Placeme
     ValueError when `rules.needs_chance` and there is none.
     """
     resize, target = _sizes(original, _target_ratio(original, rules, chance), rules)
+    return _cropped(resize, target, rules, chance)
+
+
+def place_into(original: Size, target: Size, rules: Rules, chance: Chance | None = None) -> Placement:
+    """As `place`, but to a target that is given: that of a bucket which a small one is merged into."""
+    return _cropped(_resized(original, target, rules), target, rules, chance)
+
+
+def _cropped(resize: Size, target: Size, rules: Rules, chance: Chance | None) -> Placement:
+    """The crop of a resized picture to the target, by crop_style."""
     spare_x, spare_y = resize.width - target.width, resize.height - target.height
     if rules.crop_style == "center":
         left, top = spare_x // 2, spare_y // 2
@@ -266,10 +276,13 @@ def _bucket(ratio: Fraction, rules: Rules) -> Size:
 def _sizes(original: Size, ratio: Fraction, rules: Rules) -> tuple[Size, Size]:
     """Size after the resize, and the target."""
     target = _bucket(ratio, rules)
+    return _resized(original, target, rules), target
+
+
+def _resized(original: Size, target: Size, rules: Rules) -> Size:
+    """The size of a picture after its resize, of which the target is cut."""
     resize = _downsampled(original, rules)
-    if resize is None or not resize.covers(target):
-        resize = covering(original, target)
-    return resize, target
+    return resize if resize is not None and resize.covers(target) else covering(original, target)
 
 
 def _downsampled(original: Size, rules: Rules) -> Size | None:

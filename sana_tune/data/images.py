@@ -1,30 +1,47 @@
 """Pictures from bytes: measure, decode, orient, resize, crop. The only user of Pillow. No torch.
 
 Everything becomes 8-bit sRGB: EXIF orientation is applied, embedded colour profiles are (a broken one is passed
-over), transparency is laid on white, palettes, 16-bit grey and CMYK are converted, of an animation the first frame is
-taken. records.DECODING counts the changes of this.
+over), transparency is laid on a ground (white unless asked otherwise), palettes, 16-bit grey, CMYK and LAB are
+converted, of an animation the first frame is taken. records.DECODING counts the changes of this.
 """
 
 from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
-from typing import BinaryIO
+from math import ceil
+from threading import Lock
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
+from sana_tune.config.values import WHITE
 from sana_tune.data.geometry import Placement, Size
 
 # Pillow warns from 89 and refuses from 179 megapixels on. Large photographs and scans are no attack here, so
 # its limit is off and this one, in pixels, stands in its place: 512 megapixels, 1.5 GB once decoded.
+# Above the second number, pictures are decoded one at a time: several of them at once could take all memory.
 MAX_PIXELS = 1 << 29
+LARGE_PIXELS = 1 << 26
+_STRIP_PIXELS = 1 << 22
 Image.MAX_IMAGE_PIXELS = None
+warnings.filterwarnings("ignore", module=r"PIL(\.|$)")  # what matters of a file is said by its reason
 
-_WHITE = (255, 255, 255, 255)
+# A JPEG is decoded at an eighth, a quarter or half of its size where that leaves this times the size it is resized
+# to: the difference is below what is seen, and decoding takes a third of the time.
+DRAFT = 1.5
+
+# What is read, the usual first. Not all that Pillow knows: EPS files are programs, others are no pictures.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "PSD", "SGI", "PCX", "TGA")
+Image.init()
+_OPENED = tuple(name for name in _FORMATS if name in Image.OPEN)
+
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # What Pillow's many decoders raise on damaged files, besides OSError.
 _DAMAGE = (
@@ -36,6 +53,7 @@ _DAMAGE = (
     AttributeError,
     ArithmeticError,
     EOFError,
+    MemoryError,
     NotImplementedError,
     struct.error,
     zlib.error,
@@ -51,6 +69,18 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _SIDEWAYS = (5, 6, 7, 8)
+_METADATA = {"exif", "xmp"}  # where a JPEG may have it
+# Orientations that turn the stored picture's right edge to the left, or its lower edge to the top, once it lies right.
+_MIRRORED_X = (2, 3, 6, 7)
+_MIRRORED_Y = (3, 4, 7, 8)
+# How files begin that people have and Pillow cannot open: what to look for and where, and what it is.
+_FOREIGN = (
+    (4, (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc", b"ftypmsf1"), "a HEIC picture"),
+    (0, (b"\xff\x0a", b"\x00\x00\x00\x0cJXL "), "a JPEG XL picture"),
+    (0, (b"%PDF",), "a PDF"),
+    (0, (b"<!DOCTYPE", b"<!doctype", b"<html", b"<HTML", b"<?xml", b"<svg"), "a web page or an SVG drawing"),
+)
+_one_large = Lock()
 
 
 class BrokenImage(Exception):
@@ -61,36 +91,86 @@ class BrokenImage(Exception):
         super().__init__(reason)
 
 
-def measure(source: bytes | BinaryIO) -> Size:
-    """The upright size of a picture, from its header alone: of an open file no more is read. Raises BrokenImage."""
+class Header(NamedTuple):
+    """What stands at the front of a picture's file: its upright size, and whether parts of it may be transparent."""
+
+    size: Size
+    alpha: bool
+
+
+def read_header(source: bytes | BinaryIO) -> Header:
+    """A picture's header: of an open file no more is read. Raises BrokenImage."""
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with _opened(file) as image:
-            width, height = image.size
-            return Size(height, width) if _orientation(image, file) in _SIDEWAYS else Size(width, height)
+        image = _opened(file)
+        alpha = image.format != "JPEG" and bool(image.has_transparency_data)
+        sideways = _orientation(image, file) in _SIDEWAYS
     except _DAMAGE as error:
-        raise _broken(error) from error
+        raise _broken(error, file) from error
+    width, height = image.size
+    return Header(Size(height, width) if sideways else Size(width, height), alpha)
 
 
-def decode(data: bytes) -> Image.Image:
-    """The upright picture as 8-bit RGB, fully decoded. Raises BrokenImage."""
+def measure(source: bytes | BinaryIO) -> Size:
+    """The upright size of a picture, from its header alone. Raises BrokenImage."""
+    return read_header(source).size
+
+
+def decode(data: bytes, ground: str | None = None) -> Image.Image:
+    """The upright picture as 8-bit RGB, fully decoded. ground: colour below its transparent parts, white unless set.
+
+    Raises BrokenImage.
+    """
     file = io.BytesIO(data)
-    try:
-        with _opened(file) as image:
-            turn = _UPRIGHT.get(_orientation(image, file))
-            image.load()
-            rgb = _as_rgb(image)
-        return rgb if turn is None else rgb.transpose(turn)
-    except _DAMAGE as error:
-        raise _broken(error) from error
+    with _told(file), _opened(file) as image, _alone(image.size):
+        return _decoded(image, file, ground, None)[0]
 
 
-def prepare(data: bytes, placement: Placement) -> np.ndarray:
-    """The training picture: decoded, resized once by Lanczos, cropped. uint8 [H, W, 3]. Raises BrokenImage."""
-    image = decode(data)
-    if image.size != placement.resize:
-        image = image.resize(placement.resize, Image.Resampling.LANCZOS)
-    return np.array(image.crop(placement.crop_box), dtype=np.uint8)
+def prepare(data: bytes, placement: Placement, ground: str | None = None) -> np.ndarray:
+    """The training picture: decoded, resized once by Lanczos, cropped. uint8 [H, W, 3]. Raises BrokenImage.
+
+    ground: colour below its transparent parts, white unless set.
+    """
+    file = io.BytesIO(data)
+    with _told(file), _opened(file) as image, _alone(image.size):
+        rgb, box = _decoded(image, file, ground, placement.resize)
+        if box is not None or rgb.size != placement.resize:
+            rgb = rgb.resize(placement.resize, Image.Resampling.LANCZOS, box)
+        return np.array(rgb.crop(placement.crop_box), dtype=np.uint8)
+
+
+def mask_grid(data: bytes, placement: Placement, kind: str, factor: int) -> np.ndarray:
+    """A mask where its picture is trained: 0 to 1 on the grid of the latent, float32 [H / factor, W / factor].
+
+    kind: "mask": red 0 … 255 as 0 … 1; "segmentation": 1 where the mean of the channels is above one half. It is turned
+    upright by its own EXIF, resized as its picture is whatever its size (by areas; the nearest pixel where it grows),
+    cropped by the picture's box, and each place of the grid is the mean over its pixels. Numbers are taken as they
+    are: no colour profile is applied; transparent parts are black. Raises BrokenImage.
+    """
+    file = io.BytesIO(data)
+    with _told(file), _opened(file) as image, _alone(image.size):
+        turn = _UPRIGHT.get(_orientation(image, file))
+        image.load()
+        levels = _plain_rgb(image)
+        upright = np.asarray(levels if turn is None else levels.transpose(turn), dtype=np.float32) / 255
+        marked = upright[..., 0] if kind == "mask" else (upright.mean(axis=-1) > 0.5).astype(np.float32)
+        resized = Image.fromarray(np.ascontiguousarray(marked)).resize(placement.resize, Image.Resampling.BOX)
+        part = np.asarray(resized.crop(placement.crop_box), dtype=np.float32)
+    height, width = part.shape
+    grid = part.reshape(height // factor, factor, width // factor, factor).mean(axis=(1, 3), dtype=np.float64)
+    return grid.clip(0, 1).astype(np.float32)
+
+
+def _plain_rgb(image: Image.Image) -> Image.Image:
+    """The numbers of a mask as 8-bit RGB; transparent parts are black."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        image = _eight_bits(image)
+    if image.mode == "F":
+        raise BrokenImage("has floating-point pixels, whose range is unknown; save it as 8 or 16 bits")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    visible = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", visible.size, (0, 0, 0, 255)), visible).convert("RGB")
 
 
 def encode_png(picture: np.ndarray) -> bytes:
@@ -100,9 +180,61 @@ def encode_png(picture: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+_Box = tuple[float, float, float, float]
+
+
+def _decoded(
+    image: Image.Image, file: BinaryIO, ground: str | None, wanted: Size | None
+) -> tuple[Image.Image, _Box | None]:
+    """The upright picture, and which part of it is the picture if not all. wanted: size that it will be resized to.
+
+    A JPEG whose sides are no multiples of 8 has a fraction of a pixel too much at its right and lower edges when it is
+    decoded at a part of its size.
+    """
+    orientation = _orientation(image, file)
+    stored = wanted and (Size(wanted.height, wanted.width) if orientation in _SIDEWAYS else wanted)
+    box = _draft(image, stored) if stored else None
+    image.load()
+    rgb = _converted(image, ground or WHITE)
+    if box is not None:
+        box = _upright_box(box, rgb.size, orientation)
+    turn = _UPRIGHT.get(orientation)
+    return rgb if turn is None else rgb.transpose(turn), box
+
+
+def _draft(image: Image.Image, wanted: Size) -> _Box | None:
+    """Have a JPEG decoded at a part of its size, if so much is not needed. Answers where the picture is in it."""
+    if image.format not in ("JPEG", "MPO"):
+        return None
+    before = image.size
+    drafted = image.draft(None, (ceil(DRAFT * wanted.width), ceil(DRAFT * wanted.height)))  # type: ignore[arg-type]
+    return None if drafted is None or image.size == before else drafted[1]
+
+
+def _upright_box(box: _Box, size: tuple[int, int], orientation: int) -> _Box:
+    """A box (0, 0, right, lower) in a stored picture of this size, in the upright one."""
+    right, lower = box[2:]
+    spare_x, spare_y = size[0] - right, size[1] - lower
+    if orientation in _SIDEWAYS:
+        right, lower, spare_x, spare_y = lower, right, spare_y, spare_x
+    left = spare_x if orientation in _MIRRORED_X else 0.0
+    top = spare_y if orientation in _MIRRORED_Y else 0.0
+    return (left, top, left + right, top + lower)
+
+
+@contextmanager
+def _alone(size: tuple[int, int]) -> Iterator[None]:
+    """A large picture is decoded and made small in here while no other large one is."""
+    if size[0] * size[1] <= LARGE_PIXELS:
+        yield
+    else:
+        with _one_large:
+            yield
+
+
 def _opened(file: BinaryIO) -> Image.Image:
     """The picture with its header read. Raises BrokenImage for an oversized one, else what Pillow raises."""
-    image = Image.open(file)
+    image = Image.open(file, formats=_OPENED)
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise BrokenImage(f"is {width}x{height} px; at most {MAX_PIXELS / 1e6:.0f} megapixels are read")
@@ -117,7 +249,7 @@ def _orientation(image: Image.Image, file: BinaryIO) -> int:
     Pillow's TIFF reader turns pictures by itself. Its PNG reader decodes the whole picture to look for metadata
     behind the pixels: only when there is some may it do so; else what stands before the pixels is all there is.
     """
-    if image.format == "TIFF":
+    if image.format == "TIFF" or (image.format == "JPEG" and not _METADATA & image.info.keys()):
         return 1
     late = image.format == "PNG" and _metadata_behind_pixels(file)
     try:
@@ -146,8 +278,21 @@ def _metadata_behind_pixels(png: BinaryIO) -> bool:
         png.seek(back)
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode as sRGB; transparent parts show white."""
+def _converted(image: Image.Image, ground: str) -> Image.Image:
+    """As `_as_rgb`; a large picture strip by strip, because the conversion makes several copies of what it gets."""
+    width, height = image.size
+    if width * height <= LARGE_PIXELS:
+        return _as_rgb(image, ground)
+    rows = max(1, _STRIP_PIXELS // width)
+    found = Image.new("RGB", image.size)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        found.paste(_as_rgb(strip, ground), (0, top))
+    return found
+
+
+def _as_rgb(image: Image.Image, ground: str) -> Image.Image:
+    """Any Pillow mode as sRGB; transparent parts show the ground."""
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I;16") or image.mode == "I":
         image = _eight_bits(image)
@@ -158,11 +303,13 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     visible = image.convert("RGBA")
     shown = _in_srgb(image.convert("L") if image.mode in ("L", "LA", "La") else visible.convert("RGB"), profile)
     shown.putalpha(visible.getchannel("A"))
-    return Image.alpha_composite(Image.new("RGBA", shown.size, _WHITE), shown).convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", shown.size, ground), shown).convert("RGB")
 
 
 def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """A picture without transparency as sRGB; its numbers are taken for sRGB's where its profile is of no use."""
+    if image.mode == "LAB":
+        return _from_lab()(image)
     found = _conversion(profile) if profile else None
     usable = {"1": ("L", "RGB"), "L": ("L", "RGB"), "CMYK": ("CMYK",)}.get(image.mode, ("RGB",))
     if found is None or found[0] not in usable:
@@ -201,6 +348,13 @@ def _conversion(profile: bytes) -> tuple[str, Callable[[Image.Image], Image.Imag
         return None
 
 
+@lru_cache(maxsize=1)
+def _from_lab() -> Callable[[Image.Image], Image.Image]:
+    """What takes CIE L*a*b* (D50) to sRGB, perceptually."""
+    ends = (ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"))
+    return ImageCms.buildTransform(*ends, "LAB", "RGB", ImageCms.Intent.PERCEPTUAL, ImageCms.Flags.NOCACHE).apply
+
+
 def _grid(mode: str) -> Image.Image:
     """Colours from everywhere in RGB, or all greys."""
     if mode == "L":
@@ -215,15 +369,37 @@ def _looked_up(table: Sequence[Image.Image], grey: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey as 8-bit grey, rounded: 0 → 0, 65535 → 255."""
+    """16-bit grey as 8-bit grey, rounded: 0 → 0, 65535 → 255. With transparency where one grey is declared to be it."""
     grey = np.asarray(image).astype(np.int64)
     if grey.min() < 0 or grey.max() > 65535:
         raise BrokenImage("has 32-bit pixels, whose range is unknown; save it as 8 or 16 bits")
-    return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    levels = ((grey + 128) // 257).astype(np.uint8)
+    hidden = image.info.get("transparency")
+    if not isinstance(hidden, int):
+        return Image.fromarray(levels)
+    return Image.fromarray(np.stack([levels, np.where(grey == hidden, 0, 255).astype(np.uint8)], axis=-1), "LA")
 
 
-def _broken(error: Exception) -> BrokenImage:
+@contextmanager
+def _told(file: BinaryIO) -> Iterator[None]:
+    """Whatever Pillow raises in here about a file becomes a BrokenImage."""
+    try:
+        yield
+    except _DAMAGE as error:
+        raise _broken(error, file) from error
+
+
+def _broken(error: Exception, file: BinaryIO) -> BrokenImage:
     """What went wrong in Pillow, in words that need no knowledge of it."""
     if isinstance(error, UnidentifiedImageError):
-        return BrokenImage("is not a picture that can be read (damaged, empty, or an unknown format)")
+        file.seek(0)
+        head = file.read(32)
+        if not head:
+            return BrokenImage("is an empty file")
+        found = next((kind for at, marks, kind in _FOREIGN if head[at:].startswith(marks)), None)
+        if found is not None:
+            return BrokenImage(f"is {found}, which is not read; save it as JPEG or PNG")
+        return BrokenImage("is not a picture that can be read (damaged, or an unknown format)")
+    if isinstance(error, MemoryError):
+        return BrokenImage("takes more memory than there is")
     return BrokenImage(f"is damaged ({error or type(error).__name__})")

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from sana_tune.data.batch import Batch
-from sana_tune.data.cache import TensorCache
-from sana_tune.data.order import MicroBatch, Order, unit_float
+from sana_tune.data.cache import Tensors
+from sana_tune.data.order import MicroBatch, Order
+from sana_tune.data.position import unit_float
 from sana_tune.data.records import Keys, Record
 
 Position = TypeVar("Position")
@@ -25,8 +26,10 @@ Step = list[tuple[MicroBatch, Batch]]
 class Batches:
     """The batches of a run, step by step.
 
-    order, records: which pictures when. latents, text: caches that hold every key `keys` names, that of the
-    empty caption too when caption_dropout > 0. caption_dropout: share of samples that get the empty caption.
+    order, records: which pictures when; records may depend on the epoch (data.redraw). latents, text: caches that hold
+    every key `keys` names, that of the empty caption too when caption_dropout > 0. caption_dropout: share of samples
+    that get the empty caption. masks: the mask [1, h, w] of a record that has one. segmentation_share: share of the
+    samples with a segmentation mask in which it is applied; in the others every place counts.
     A step takes ranks × accumulation consecutive micro-batches; this rank takes each `ranks`-th, from `rank`
     on.
     prefetch: steps loaded ahead.
@@ -35,13 +38,15 @@ class Batches:
     def __init__(
         self,
         order: Order,
-        records: Sequence[Record],
-        latents: TensorCache | Callable[[Record], TensorCache],
-        text: TensorCache,
+        records: Sequence[Record] | Callable[[int], Sequence[Record]],
+        latents: Tensors | Callable[[Record], Tensors],
+        text: Tensors | Callable[[Record], Tensors],
         keys: Keys,
         *,
         seed: int,
         caption_dropout: float = 0.0,
+        masks: Callable[[Record], Tensor] | None = None,
+        segmentation_share: float = 1.0,
         rank: int = 0,
         ranks: int = 1,
         accumulation: int = 1,
@@ -54,6 +59,8 @@ class Batches:
         self._keys = keys
         self._seed = seed
         self._caption_dropout = caption_dropout
+        self._masks = masks
+        self._segmentation_share = segmentation_share
         self._rank = rank
         self._ranks = ranks
         self._accumulation = accumulation
@@ -76,14 +83,16 @@ class Batches:
         return loaded
 
     def _batch(self, micro_batch: MicroBatch, step: int, micro: int) -> Batch:
-        records = [self._records[index] for index in micro_batch.records]
+        shown = self._records(micro_batch.epoch) if callable(self._records) else self._records
+        records = [shown[index] for index in micro_batch.records]
         captions = [self.caption(record, step, micro, sample) for sample, record in enumerate(records)]
-        text, mask = padded([self._text.get(self._keys.text(caption)) for caption in captions])
+        pairs = zip(records, captions, strict=True)
+        text, mask = padded([self._text_of(record).get(self._keys.text(caption)) for record, caption in pairs])
         return Batch(
             latents=torch.stack([self._cache_of(record).get(self._keys.latent(record)) for record in records]),
             text=text,
             text_mask=mask,
-            loss_mask=None,
+            loss_mask=self._loss_mask(records, step, micro),
             role=records[0].role,
             ids=tuple(record.id for record in records),
         )
@@ -94,8 +103,28 @@ class Batches:
             return ""
         return record.captions[choose_caption(self._seed, step, micro, sample, len(record.captions))]
 
-    def _cache_of(self, record: Record) -> TensorCache:
-        return self._latents if isinstance(self._latents, TensorCache) else self._latents(record)
+    def _loss_mask(self, records: Sequence[Record], step: int, micro: int) -> Tensor | None:
+        """What counts of each picture, [B, 1, h, w]; None where all of all counts."""
+        if self._masks is None or not any(record.mask_key for record in records):
+            return None
+        found = []
+        for sample, record in enumerate(records):
+            mask = self._masks(record)
+            share = self._segmentation_share if record.mask_kind == "segmentation" else 1.0
+            applied = applies_mask(self._seed, step, micro, sample, share)
+            found.append(mask if applied else torch.ones_like(mask))
+        return torch.stack(found)
+
+    def _text_of(self, record: Record) -> Tensors:
+        return self._text(record) if callable(self._text) else self._text
+
+    def _cache_of(self, record: Record) -> Tensors:
+        return self._latents(record) if callable(self._latents) else self._latents
+
+    def epochs(self, step: int) -> tuple[int, int]:
+        """The first and the last epoch, counted from 0, that a step has micro-batches of, on any rank."""
+        each = self._ranks * self._accumulation
+        return self._order.micro_batch(step * each).epoch, self._order.micro_batch((step + 1) * each - 1).epoch
 
 
 def choose_caption(seed: int, step: int, micro: int, sample: int, variants: int) -> int:
@@ -109,6 +138,11 @@ def choose_caption(seed: int, step: int, micro: int, sample: int, variants: int)
 def drops_caption(seed: int, step: int, micro: int, sample: int, probability: float) -> bool:
     """Whether a sample is trained on the empty caption."""
     return unit_float(seed, "dropout", step, micro, sample) < probability
+
+
+def applies_mask(seed: int, step: int, micro: int, sample: int, probability: float) -> bool:
+    """Whether a sample's segmentation mask is applied."""
+    return unit_float(seed, "mask", step, micro, sample) < probability
 
 
 def padded(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

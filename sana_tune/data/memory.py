@@ -33,7 +33,9 @@ class FileMemory:
         return known[2]
 
     def put(self, path: str, entry: Entry, facts: dict[str, Any]) -> None:
-        """Remember JSON-able facts of a file as it was when it was listed."""
+        """Remember JSON-able facts of a file as it was when it was listed; nothing of one of unknown size."""
+        if entry.size_bytes < 0:
+            return
         self._facts[path] = (entry.size_bytes, entry.mtime_ns, facts)
         self._changed = True
 

@@ -12,8 +12,9 @@ from sana_tune.store import Entry
 # which is better than not being seen at all.
 PICTURE_ENDINGS = frozenset(
     {
-        *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg"),
-        *(".jpg", ".jxl", ".png", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"),
+        *(".apng", ".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc"),
+        *(".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".jxl", ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".psd"),
+        *(".qoi", ".tga", ".tif", ".tiff", ".webp"),
     }
 )
 CAPTION_ENDING = ".txt"

@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -113,6 +113,21 @@ class ImageCoder:
     @property
     def scaling_factor(self) -> float:
         return self.vae.config["scaling_factor"]
+
+    @property
+    def in_fp32(self) -> bool:
+        """Whether it computes in full precision."""
+        return self.vae.dtype == torch.float32
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """In here it computes in fp32, with the weights it has."""
+        before, module = self.vae.dtype, cast(torch.nn.Module, self.vae)
+        module.to(torch.float32)
+        try:
+            yield
+        finally:
+            module.to(before)
 
     @torch.no_grad()
     def encode(self, pictures: np.ndarray) -> Tensor:
@@ -240,6 +255,23 @@ def set_gradient_checkpointing(transformer: SanaTransformer2DModel, interval: in
         return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=keep_random_state)
 
     transformer.enable_gradient_checkpointing(gradient_checkpointing_func=run)
+
+
+def freeze(transformer: Any, dtype: torch.dtype, *, autocast: bool) -> Any:
+    """A SanaTransformer2DModel, in place, as a frozen reference beside one that trains with weights in `dtype`.
+
+    autocast: both compute in bf16 beside fp32 weights. Matrices and convolutions are kept in bf16 then: autocast casts
+    them at every use, so that half the memory gives the very same predictions.
+    """
+    transformer.eval().requires_grad_(False)
+    transformer.disable_gradient_checkpointing()
+    if dtype != torch.float32:
+        return transformer.to(dtype)
+    if autocast:
+        for module in transformer.modules():
+            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+                module.to(torch.bfloat16)
+    return transformer
 
 
 def empty_device_cache() -> None:

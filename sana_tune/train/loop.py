@@ -30,6 +30,7 @@ class Course(Protocol):
     def total_steps(self) -> int: ...
     @property
     def steps_per_epoch(self) -> float: ...
+    def epoch_after(self, step: int) -> float: ...
     @property
     def save_every(self) -> Every: ...
     @property
@@ -61,7 +62,8 @@ def fit(
     checkpoint does not fit, the disk is full, or `max_bad_steps` in a row are not finite.
     """
     progress = checkpoints.restore(parts, resume)
-    watcher.emit(Started(progress, plan.total_steps, plan.steps_per_epoch, resume and str(resume.path)))
+    epochs = plan.epoch_after(plan.total_steps)
+    watcher.emit(Started(progress, plan.total_steps, plan.steps_per_epoch, resume and str(resume.path), epochs))
     with stop.deferred():
         watcher.emit(validator.start(parts, progress))
         if stop_agreed(parts, stop):  # nothing was trained yet, so the next start draws these pictures again
@@ -72,7 +74,7 @@ def fit(
         with closing(Timed(batches.steps(progress.step, plan.total_steps))) as steps:
             for micro_batches in steps:
                 result = train_step(parts, micro_batches, progress)
-                progress = progress.advance(result.images, (progress.step + 1) / plan.steps_per_epoch)
+                progress = progress.advance(result.images, plan.epoch_after(progress.step + 1))
                 watcher.emit(steps.event(progress, result))
                 patience.check(progress, result)
                 if due(plan.save_every, progress):
@@ -130,6 +132,7 @@ class Timed:
             data_wait_s=self._given_s - self._asked_s,
             images=result.images,
             skipped=result.skipped,
+            losses=result.losses,
         )
 
     def close(self) -> None:

@@ -7,9 +7,9 @@ from one step to the next but weights, average and optimizer state. The host rea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sana_tune.data.batch import Batch
-from sana_tune.data.records import digest
+from sana_tune.data.records import Role, digest
 from sana_tune.model import flow
 from sana_tune.progress import Progress
 from sana_tune.train.ema import Ema, NoEma
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     Sample = tuple[MicroBatch, Batch]
 
 
+_TOLD = (Role.TRAIN, Role.REGULARISE)  # the roles whose losses are told apart
+
+
 @dataclass(frozen=True, eq=False)
 class Parts:
     """What a step works with.
@@ -40,6 +43,8 @@ class Parts:
     optimizer:   not wrapped; over the parameters of `bare` that require a gradient.
     shift_at:    latent positions of a picture → flow shift (model.shift.shift_for with its settings).
     max_grad_norm, clip_method: 0 = no clipping; "norm" of the whole gradient or "value" of each element.
+    base:        the untrained model, frozen; regularisation data learns what it predicts. None = its pictures.
+    regularised: whether there is regularisation data: its loss is told apart then.
     """
 
     accelerator: Accelerator
@@ -51,6 +56,8 @@ class Parts:
     seed: int
     max_grad_norm: float = 0.1
     clip_method: Literal["norm", "value"] = "norm"
+    base: nn.Module | None = None
+    regularised: bool = False
 
     @cached_property
     def bare(self) -> Any:
@@ -73,6 +80,7 @@ class StepResult:
     """What a step came to. loss: mean over its micro-batches on all ranks; grad_norm: before clipping.
 
     images: pictures seen on all ranks. skipped: loss or norm was not finite, so no weight was moved.
+    losses: with regularisation data, role → mean over the step's micro-batches of that role, if there were any.
     """
 
     loss: float
@@ -80,6 +88,7 @@ class StepResult:
     learning_rate: float
     images: int
     skipped: bool
+    losses: Mapping[str, float] = field(default_factory=dict)
 
 
 def drawn(seed: int, step: int, micro: int, shape: Sequence[int], shift: float) -> tuple[Tensor, Tensor]:
@@ -97,7 +106,7 @@ def train_step(parts: Parts, micro_batches: Sequence[Sample], progress: Progress
     """Do the step that follows `progress`. Skipped, and said so, when loss or gradient norm is not finite."""
     count = len(micro_batches)
     ranks = parts.accelerator.num_processes
-    losses = []
+    losses: list[Tensor] = []
     for place, (micro_batch, batch) in enumerate(micro_batches):
         last = place == count - 1
         with nullcontext() if last else parts.accelerator.no_sync(parts.transformer):
@@ -106,7 +115,8 @@ def train_step(parts: Parts, micro_batches: Sequence[Sample], progress: Progress
         losses.append(loss.detach())
     norm = clip(parts.trained, parts.max_grad_norm, parts.clip_method)
     images = sum(batch.latents.shape[0] for _, batch in micro_batches)
-    loss_value, norm_value, images = _read(parts, losses, norm, images)
+    roles = [batch.role for _, batch in micro_batches] if parts.regularised else []
+    loss_value, norm_value, images, by_role = _read(parts, losses, norm, images, roles)
 
     good = math.isfinite(loss_value) and math.isfinite(norm_value)
     rate = parts.schedule.apply(parts.optimizer, progress.step)
@@ -115,7 +125,7 @@ def train_step(parts: Parts, micro_batches: Sequence[Sample], progress: Progress
     parts.optimizer.zero_grad(set_to_none=True)
     if good:
         parts.ema.update(progress.step + 1)
-    return StepResult(loss_value, norm_value, rate, images, skipped=not good)
+    return StepResult(loss_value, norm_value, rate, images, not good, by_role)
 
 
 def micro_loss(parts: Parts, batch: Batch, step: int, micro: int) -> Tensor:
@@ -124,16 +134,21 @@ def micro_loss(parts: Parts, batch: Batch, step: int, micro: int) -> Tensor:
     device, dtype = parts.accelerator.device, parts.input_dtype
     levels, gauss = drawn(parts.seed, step, micro, shape, parts.shift_at(shape[-2] * shape[-1]))
     x0, sigma, noise = to_device(batch.latents, device), to_device(levels, device), to_device(gauss, device)
+    inputs = {
+        "hidden_states": flow.noised(x0, noise, sigma).to(dtype),
+        "encoder_hidden_states": to_device(batch.text, device).to(dtype),
+        "encoder_attention_mask": to_device(batch.text_mask, device),
+        "timestep": flow.timestep(sigma),
+        "return_dict": False,
+    }
     with parts.accelerator.autocast():
-        prediction = parts.transformer(
-            hidden_states=flow.noised(x0, noise, sigma).to(dtype),
-            encoder_hidden_states=to_device(batch.text, device).to(dtype),
-            encoder_attention_mask=to_device(batch.text_mask, device),
-            timestep=flow.timestep(sigma),
-            return_dict=False,
-        )[0]
+        prediction = parts.transformer(**inputs)[0]
+    wanted = flow.target(x0, noise)
+    if parts.base is not None and batch.role is Role.REGULARISE:
+        with torch.no_grad(), parts.accelerator.autocast():
+            wanted = parts.base(**inputs)[0]
     mask = None if batch.loss_mask is None else to_device(batch.loss_mask, device)
-    return flow.loss(prediction, flow.target(x0, noise), mask).mean
+    return flow.loss(prediction, wanted, mask).mean
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -155,16 +170,27 @@ def clip(parameters: Sequence[nn.Parameter], limit: float, method: Literal["norm
     return norm
 
 
-def _read(parts: Parts, losses: list[Tensor], norm: Tensor, images: int) -> tuple[float, float, int]:
-    """Mean loss, gradient norm and pictures over all ranks: the one read of the device in a step."""
-    values = torch.stack([torch.stack(losses).sum(), norm.float()])
-    ranks = parts.accelerator.num_processes
-    if ranks == 1:
-        loss, norm_value = values.tolist()
-        return loss, norm_value, images
-    together = torch.cat([values / ranks, values.new_full((1,), float(images))])
-    loss, norm_value, total = summed(parts.accelerator, together).tolist()
-    return loss, norm_value, int(total)
+def _read(
+    parts: Parts, losses: list[Tensor], norm: Tensor, images: int, roles: Sequence[Role]
+) -> tuple[float, float, int, dict[str, float]]:
+    """Mean loss, gradient norm, pictures, and mean loss by role over all ranks: the one read of the device in a step.
+
+    losses: of the micro-batches, each over their number. roles: theirs, or none when nobody asks.
+    """
+    asked, ranks = _TOLD if roles else (), parts.accelerator.num_processes
+    counts = [float(roles.count(role)) for role in asked]
+    own = [[loss for loss, of in zip(losses, roles, strict=True) if of is role] for role in asked]
+    sums = [torch.stack(some).sum() if some else torch.zeros_like(losses[0]) for some in own]
+    values = torch.stack([torch.stack(losses).sum(), norm.float(), *sums])
+    if ranks > 1:
+        together = torch.cat([values / ranks, values.new_tensor([float(images), *counts])])
+        loss, norm_value, *rest = summed(parts.accelerator, together).tolist()
+    else:
+        loss, norm_value, *rest = [*values.tolist(), float(images), *counts]
+    shares, (total, *counts) = rest[: len(asked)], rest[len(asked) :]
+    each = len(losses) * ranks
+    found = zip(asked, shares, counts, strict=True)
+    return loss, norm_value, int(total), {role.value: share * each / count for role, share, count in found if count}
 
 
 def summed(accelerator: Accelerator, tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sana_tune.progress import Progress
@@ -25,6 +26,7 @@ class Started:
     total_steps: int
     steps_per_epoch: float
     resumed_from: str | None = None
+    epochs: float | None = None  # None: as many as steps_per_epoch gives
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Stepped:
     """One optimizer step is done (or was skipped because its numbers were not finite).
 
     loss: mean over the step's micro-batches. grad_norm: before clipping. Durations in seconds.
+    losses: where there is regularisation data, "train" and "regularise" → mean over the micro-batches of that role.
     """
 
     progress: Progress
@@ -42,6 +45,7 @@ class Stepped:
     data_wait_s: float
     images: int
     skipped: bool = False
+    losses: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

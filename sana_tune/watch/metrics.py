@@ -10,13 +10,16 @@ from typing import Any, TextIO
 from sana_tune.store import write_atomically
 from sana_tune.watch.events import Stepped
 
+_NAMES = {"train": "loss_train", "regularise": "loss_regularisation"}
 _LONGEST_LINE = 400  # bytes, about twice what a line takes
 
 
 def line_of(event: Stepped) -> dict[str, Any]:
     """The values of one line. Numbers that are not finite become null (JSON knows neither NaN nor infinity).
 
-    lr is the rate used by this step; step_s includes data_wait_s; images_s = images / step_s.
+    loss is what the step minimised. Where there is regularisation data, loss_train and loss_regularisation are its two
+    parts, each in the steps that had such pictures. lr is the rate used by this step; step_s includes data_wait_s;
+    images_s = images / step_s.
     """
     line: dict[str, Any] = {
         "step": event.progress.step,
@@ -28,6 +31,7 @@ def line_of(event: Stepped) -> dict[str, Any]:
         "data_wait_s": round(event.data_wait_s, 6),
         "images_s": round(event.images / event.step_s, 3) if event.step_s > 0 else None,
     }
+    line |= {_NAMES[role]: _finite(loss) for role, loss in event.losses.items()}
     if event.skipped:
         line["skipped"] = True
     return line

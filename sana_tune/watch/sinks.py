@@ -103,9 +103,23 @@ class Meter:
 
     @property
     def loss(self) -> float:
-        """Mean loss over the steps of the window that counted; NaN before the first one."""
-        good = [event.loss for event in self._steps if not event.skipped]
-        return sum(good) / len(good) if good else float("nan")
+        """Mean loss over the steps of the window that counted, without regularisation data's; NaN before the first."""
+        return self._mean([event.losses.get("train") if event.losses else event.loss for event in self._good])
+
+    @property
+    def regularisation(self) -> float | None:
+        """The same of regularisation data; None when the window had none."""
+        found = [event.losses["regularise"] for event in self._good if "regularise" in event.losses]
+        return self._mean(found) if found else None
+
+    @property
+    def _good(self) -> list[Stepped]:
+        return [event for event in self._steps if not event.skipped]
+
+    @staticmethod
+    def _mean(losses: Sequence[float | None]) -> float:
+        there = [loss for loss in losses if loss is not None]
+        return sum(there) / len(there) if there else float("nan")
 
     @property
     def steps_per_s(self) -> float:
@@ -128,7 +142,30 @@ class Meter:
         """loss, learning rate, gradient norm and pace; after at least one step."""
         last = self._steps[-1]
         pace = f"{self.steps_per_s:.2f} steps/s  {self.images_per_s:.1f} images/s"
-        return f"loss {self.loss:.4f}  lr {last.learning_rate:.2e}  grad {last.grad_norm:.3g}  {pace}"
+        regular = "" if self.regularisation is None else f"  regularisation {self.regularisation:.4f}"
+        return f"loss {self.loss:.4f}{regular}  lr {last.learning_rate:.2e}  grad {last.grad_norm:.3g}  {pace}"
+
+
+class CacheMeter:
+    """How fast a cache is filled and how long it takes yet, from the first event of a filling on."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic):
+        self._now = now
+        self._begun: dict[str, tuple[float, int]] = {}
+
+    def numbers(self, event: CacheProgress) -> str:
+        """Items a second and the time left; "" while there is nothing to tell them from."""
+        now = self._now()
+        begun_s, before = self._begun.setdefault(event.cache, (now, event.done))
+        if event.finished:
+            del self._begun[event.cache]  # the next filling of this cache is another one
+        made, seconds = event.done - before, now - begun_s
+        if made <= 0 or seconds <= 0:
+            return ""
+        rate = made / seconds
+        unit = "captions" if event.cache.startswith("text") else "images"
+        left = "" if event.finished else f"  left {clock((event.total - event.done) / rate)}"
+        return f"{rate:.1f} {unit}/s{left}"
 
 
 def clock(seconds: float) -> str:
@@ -145,7 +182,9 @@ def message_of(event: Event) -> str | None:
         case Started(progress=progress, total_steps=total):
             start = f"going on after step {progress.step}" if progress.step else "starting"
             source = f" from {event.resumed_from}" if event.resumed_from else ""
-            epochs = total / event.steps_per_epoch if event.steps_per_epoch else 0.0
+            epochs = event.epochs
+            if epochs is None:
+                epochs = total / event.steps_per_epoch if event.steps_per_epoch else 0.0
             return f"Training: {start}{source}, to step {total} ({epochs:.4g} epochs)"
         case Saved(path=path, duration_s=duration, removed=removed):
             gone = f"; removed {', '.join(Path(name).name for name in removed)}" if removed else ""
@@ -181,13 +220,15 @@ class BarsSink:
         self._refresh_per_s = refresh_per_s
         self._bars: Bars | None = None
         self._meter = Meter()
+        self._caching = CacheMeter()
         self._total_steps = 0
 
     def emit(self, event: Event) -> None:
         say(event)
         match event:
             case CacheProgress(cache=cache, done=done, total=total) if total:
-                self._open().show(CACHE_TITLES.get(cache, f"Caching {cache}"), done, total)
+                numbers = self._caching.numbers(event).partition("  left")[0]  # the bar tells what is left
+                self._open().show(CACHE_TITLES.get(cache, f"Caching {cache}"), done, total, below=numbers)
                 if event.finished:
                     self.close()
             case Started(progress=progress, total_steps=total):
@@ -223,6 +264,7 @@ class LinesSink:
         self._last_s: dict[str, float] = {}
         self._tenth: dict[str, int] = {}
         self._meter = Meter()
+        self._caching = CacheMeter(now)
         self._total_steps = 0
         self._first_step = 0
 
@@ -230,9 +272,14 @@ class LinesSink:
         say(event)
         match event:
             case CacheProgress(cache=cache, done=done, total=total) if total:
+                numbers = self._caching.numbers(event)
                 if self._turn(cache, done, total):
                     title = CACHE_TITLES.get(cache, f"Caching {cache}")
-                    log.info("%s: %d of %d (%d %%)", title, done, total, 100 * done // total)
+                    share = f"{title}: {done} of {total} ({100 * done // total} %)"
+                    log.info("%s", f"{share}  {numbers}" if numbers else share)
+                if event.finished:
+                    self._tenth.pop(cache, None)  # it may be filled again: an epoch's new crops, a damaged item
+                    self._last_s.pop(cache, None)
             case Started():
                 self._total_steps, self._first_step = event.total_steps, event.progress.step
             case Stepped():

@@ -26,7 +26,7 @@ from tests.data.pictures import put
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = {
     *("ok", "problems", "warnings", "notes", "config", "output", "settings"),
-    *("model", "datasets", "images", "plan", "ledger", "seconds"),
+    *("model", "datasets", "images", "plan", "ledger", "left_out", "seconds"),
 }
 
 
@@ -152,7 +152,7 @@ TELL = """
 import sys, time
 from sana_tune.cli import check
 check.BARS_AFTER_S = 0.05
-with check._Progress() as progress:
+with check.Progress() as progress:
     for done in range(1, 4):
         time.sleep(0.1)
         progress.tell("Reading pictures", done, 3)

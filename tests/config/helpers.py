@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,19 @@ def write_files(
     (folder / "multidatabackend.json").write_text(json.dumps([entry]))
     path = folder / "config.json"
     path.write_text(json.dumps({key: value for key, value in settings.items() if value != "REMOVE"}))
+    return path
+
+
+def write_list(folder: Path, config: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> Path:
+    """As write_files, with these entries of multidatabackend.json in place of the one; folders are made."""
+    path = write_files(folder, config)
+    listed = [dict(entry) for entry in entries]
+    for entry in listed:
+        if "instance_data_dir" in entry:
+            place = folder / entry["instance_data_dir"]
+            place.mkdir(parents=True, exist_ok=True)
+            entry["instance_data_dir"] = str(place)
+    (folder / "multidatabackend.json").write_text(json.dumps(listed))
     return path
 
 

@@ -24,14 +24,15 @@ def test_every_key_is_there_once_and_has_a_help_line():
     dataset_only = set(DATASET_KINDS["image"].model_fields) - set(INHERITED)
     assert [option.name for option in found if option.home == "config"] == list(section_of())
     assert {option.name for option in found if option.home == "dataset"} == dataset_only
-    assert homes == {"config": len(section_of()), "dataset": len(dataset_only), "text_embeds": 7}
+    entries = {name: len(DATASET_KINDS[name].model_fields) for name in ("text_embeds", "conditioning")}
+    assert homes == {"config": len(section_of()), "dataset": len(dataset_only), **entries}
     assert len(found) >= 97 and len({(option.name, option.home) for option in found}) == len(found)
     assert [option.name for option in found if len(option.help.split()) < 2] == []
     assert {option.home for option in found} == set(FILES)
 
 
 def test_groups_are_the_sections_and_the_entries():
-    assert list(groups()) == [*SECTIONS, "dataset", "text_embeds"]
+    assert list(groups()) == [*SECTIONS, "dataset", "conditioning", "text_embeds"]
     assert all(title[0].isupper() for title in groups().values())
 
 
@@ -91,7 +92,7 @@ def test_every_foreign_key_has_a_fate():
     assert told(found["save_total_limit"]) == "renamed: read as checkpoints_total_limit"
     assert told(found["model_flavour"]).startswith("refused unless it is off: name the repository")
     assert told(found["trust_remote_code"]).startswith("no effect here: ")
-    assert found["start_epoch"].off == (1, "1")
+    assert found["lr_num_cycles"].off == (1, "1")
     assert all(told(foreign) for foreign in found.values())
 
 

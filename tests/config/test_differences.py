@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from sana_tune.config.differences import RULES, THEIR_DEFAULTS
-from tests.config.helpers import load_with
+from sana_tune.config.load import load
+from tests.config.helpers import load_with, write_list
 
 
 def told(folder: Path, config: dict[str, Any], dataset: dict[str, Any] | None = None) -> str:
@@ -28,6 +29,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "average": ({"use_ema": True, "ema_update_interval": 5}, {}, "ema_decay is per step"),
     "instruction": ({"sana_complex_human_instruction": ["a", "b"]}, {}, "all lines"),
     "crops": ({}, {"crop": True, "maximum_image_size": 64, "target_downsample_size": 64}, "only pictures above"),
+    "regularisation": ({"regularisation_target": "base"}, {"is_regularisation_data": True}, "what the base model"),
 }
 
 
@@ -41,7 +43,16 @@ def test_a_difference_is_told_where_it_matters(name: str, tmp_path: Path) -> Non
 
 
 def test_every_rule_has_its_case() -> None:
-    assert len(RULES) == len(CASES) == 11
+    assert len(RULES) == len(CASES) + 1 == 13  # masks need an entry of their own
+
+
+def test_masks_are_told_apart(tmp_path: Path) -> None:
+    entries = [
+        {"id": "d", "instance_data_dir": "d", "conditioning_data": "m"},
+        {"id": "m", "dataset_type": "conditioning", "instance_data_dir": "m"},
+    ]
+    notes = load(write_list(tmp_path, {}, entries), {}, {}).notes
+    assert any("the loss is the mean over what they mark" in note for note in notes)
 
 
 def test_open_defaults_are_told_and_given_ones_are_not(tmp_path: Path) -> None:

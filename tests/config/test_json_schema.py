@@ -61,8 +61,8 @@ def test_an_editor_offers_our_settings_with_help_and_default():
     assert offered["learning_rate"]["default"] == 1e-5
     assert offered["learning_rate"]["description"] == "peak learning rate [number, above 0; default: 1e-5]"
     for option in options():
-        place = CONFIG.schema if option.home == "config" else DATASETS.schema["$defs"][
-            "image" if option.home == "dataset" else "text_embeds"]  # fmt: skip
+        kind = "image" if option.home == "dataset" else option.home
+        place = CONFIG.schema if option.home == "config" else DATASETS.schema["$defs"][kind]
         assert place["properties"][option.name]["description"].startswith(option.meaning)
 
 
@@ -174,6 +174,19 @@ def test_bad_datasets_are_seen_by_both(what, tmp_path):
         [PICTURES, {"id": "old", "disable": True}, {"id": "off", "dataset_type": "text_embeds", "disabled": "true"}],
         [{**PICTURES, "--repeats": 2, "is_regularization_data": "false", "start_epoch": 1}],
         [PICTURES, {"id": "latents", "dataset_type": "image_embeds", "anything": 1}],
+        [
+            {**PICTURES, "conditioning_data": "m", "small_buckets": "merge", "max_num_samples": 5, "end_step": "9"},
+            {**PICTURES, "id": "later", "start_epoch": 2, "probability": 0.5, "is_regularisation_data": True},
+            {**PICTURES, "id": "held", "dataset_type": "eval"},
+            {
+                "id": "m",
+                "dataset_type": "conditioning",
+                "conditioning_type": "segmentation",
+                "instance_data_dir": "masks",
+                "crop": True,
+                "resolution": 512,
+            },
+        ],
     ],
 )
 def test_datasets_that_load_are_valid(entries, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from sana_tune.config.files import examples_dir
 from sana_tune.config.load import load, parse_overrides
 from sana_tune.errors import UserError
-from tests.config.helpers import load_with, problems_of, write_files
+from tests.config.helpers import load_with, problems_of, write_files, write_list
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -93,8 +93,15 @@ MISTAKES = {
     "deletes files": ({"delete_unwanted_images": True}, {}, "nothing is ever deleted"),
     "bad size": ({"validation_resolution": "1024 by 768"}, {}, "N or WxH"),
     "crop by faces": ({}, {"crop_style": "face"}, "'face' is not built yet"),
-    "cloud dataset": ({}, {"type": "aws"}, "'aws' is not built yet"),
-    "mask dataset": ({}, {"dataset_type": "conditioning"}, "masks are not built yet"),
+    "cloud dataset": ({}, {"type": "aws"}, "type aws needs aws_bucket_name"),
+    "masks alone": ({}, {"dataset_type": "conditioning"}, "at least one dataset of pictures must be enabled"),
+    "held-out pictures alone": ({}, {"dataset_type": "eval"}, "at least one dataset of pictures must be enabled"),
+    "masks that are not there": ({}, {"conditioning_data": "m"}, "an entry with dataset_type conditioning that is not"),
+    "a text cache that is not there": ({}, {"text_embeds": "t"}, "an entry with dataset_type text_embeds that is not"),
+    "a probability of nothing": ({}, {"probability": 0}, "must have a probability above 0; found none"),
+    "an end before the start": ({}, {"start_epoch": 3, "end_epoch": 2}, "end_epoch must not be below start_epoch"),
+    "a start for everyone": ({}, {"start_step": 5}, "at least one dataset must be shown from the start"),
+    "fading out": ({}, {"disable_after_epoch_step": 9}, "use end_step"),
     "no instance prompt": ({}, {"caption_strategy": "instanceprompt"}, "needs an instance_prompt"),
     "half of two": ({}, {"crop": True, "maximum_image_size": 64}, "must be given together"),
     "no model": ({"pretrained_model_name_or_path": "REMOVE"}, {}, "must be set and is not"),
@@ -110,12 +117,26 @@ def test_a_mistake_gets_its_message(name: str, tmp_path: Path) -> None:
     assert expected in problems_of(tmp_path, config, dataset)
 
 
+def test_of_masks_with_a_mistake_only_that_is_told(tmp_path: Path) -> None:
+    entries = [
+        {"id": "d", "instance_data_dir": "d", "conditioning_data": "m"},
+        {"id": "m", "dataset_type": "conditioning", "instance_data_dir": "m", "type": "aws"},
+    ]
+    with pytest.raises(UserError) as caught:
+        load(write_list(tmp_path, {}, entries), {}, {})
+    (problem,) = caught.value.problems
+    assert problem.what == "must be local; found 'aws'"
+    off = {**entries[1], "type": "local", "disable": True}
+    with pytest.raises(UserError, match="that is not disabled; found 'm', there is none"):
+        load(write_list(tmp_path, {}, [entries[0], off]), {}, {})
+
+
 NOTED = {
     "report_to": "wandb",
     "push_to_hub": True,
     "validation_preview": True,
     "webhook_config": "config/webhook.json",
-    "compress_disk_cache": True,
+    "hash_filenames": True,
 }
 
 
@@ -230,7 +251,7 @@ def test_the_quickstarts_files_load_unchanged(tmp_path: Path, monkeypatch: pytes
     assert [str(size) for size in config.validation.validation_resolution] == ["1024x1024", "1280x768", "2048x2048"]
     assert config.model.gradient_checkpointing_interval == 2 and config.flow.flow_schedule_auto_shift
     said = "\n".join(loaded.notes)
-    for note in ("is_regularisation_data is not built yet", "do nothing with crop: false", "push_to_hub is not built",
+    for note in ("do nothing with crop: false", "push_to_hub is not built",
                  "report_to is not built", "validation_preview is not built", "auto_shift takes effect"):  # fmt: skip
         assert note in said
 

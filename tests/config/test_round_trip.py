@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from sana_tune.config.caption_edits import SPLITS
 from sana_tune.config.choices import CAPTION_STRATEGIES, LR_SCHEDULERS, OPTIMIZERS
 from sana_tune.config.datasets import ImageDataset
 from sana_tune.config.files import resolve
 from sana_tune.config.load import Loaded, load, parse_overrides
 from sana_tune.config.schema import SECTIONS
+from sana_tune.config.sources import SourceSettings
 from sana_tune.errors import UserError
 from sana_tune.output import Output
 from tests.config.helpers import write_files
@@ -40,17 +42,32 @@ SIZES = st.lists(st.tuples(st.integers(32, 2048), st.integers(32, 2048)), min_si
 OF_KEYS: dict[str, st.SearchStrategy[Any]] = {
     "optimizer": st.sampled_from(sorted(OPTIMIZERS)),
     "lr_scheduler": st.sampled_from(sorted(LR_SCHEDULERS)),
-    "caption_strategy": st.sampled_from(sorted(CAPTION_STRATEGIES)),
+    "caption_strategy": st.sampled_from(sorted(set(CAPTION_STRATEGIES) - {"parquet", "csv", "huggingface"})),
     "validation_resolution": SIZES,
     "sana_complex_human_instruction": TEXT | st.lists(TEXT, min_size=1, max_size=3),
     "crop_aspect_buckets": st.lists(st.sampled_from([0.5, 0.75, 1.0, 1.5]), min_size=1, max_size=3, unique=True),
     "resolution": st.integers(32, 2048),
+    "learning_rate": st.floats(1e-6, 10),  # above where the schedules end
+    "probability": st.floats(0, 1e4, exclude_min=True, allow_subnormal=False),
+    "alpha_ground": st.sampled_from(["#0a1B2c", "#fff", "white", "rebeccapurple"]),
+    "caption_shuffle": st.fixed_dictionaries(
+        {"enable": st.booleans()},
+        optional={
+            "count": st.integers(1, 9),
+            "seed": st.integers(0, 2**40),
+            "split_on": st.sampled_from(sorted(SPLITS)),
+            "position_start": st.integers(0, 5),
+            "include_original": st.booleans(),
+        },
+    ),
 }
 # Keys whose values depend on each other or on files are given by hand.
 BY_HAND = {"pretrained_model_name_or_path", "data_backend_config", "id", "instance_data_dir", "disabled", "lr_end",
            "resolution_type", "minimum_image_size", "maximum_image_size", "target_downsample_size", "crop_aspect",
            "minimum_aspect_ratio", "maximum_aspect_ratio", "crop_aspect_buckets", "instance_prompt", "weights_dtype",
-           "prepend_instance_prompt", "only_instance_prompt", "max_upscale_threshold"}  # fmt: skip
+           "prepend_instance_prompt", "only_instance_prompt", "max_upscale_threshold", "type", "metadata_backend",
+           "conditioning_data", "text_embeds", "start_epoch", "start_step", "end_epoch", "end_step",
+           *SourceSettings.model_fields}  # fmt: skip
 
 
 def values_of(info: FieldInfo) -> st.SearchStrategy[Any]:

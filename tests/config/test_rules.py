@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from sana_tune.config.load import load
 from sana_tune.config.rules import bf16_needs_kahan, check_rules, downsample_needs_both, needs_instance_prompt
-from tests.config.helpers import load_with, problems_of
+from tests.config.helpers import load_with, problems_of, write_list
 
 
 def test_rules_pass_on_good_settings(tmp_path: Path) -> None:
@@ -27,9 +28,32 @@ def test_each_rule_can_fail(tmp_path: Path) -> None:
     assert bf16_needs_kahan(config.model_copy(update={"optimizer": adamw}))
 
 
-def test_regularisation_data_is_said_aloud(tmp_path: Path) -> None:
-    loaded = load_with(tmp_path, {}, {"is_regularisation_data": True})
-    assert any("is_regularisation_data is not built yet" in note for note in loaded.notes)
+def test_what_a_role_leaves_without_effect_is_said(tmp_path: Path) -> None:
+    def said(settings: dict[str, Any], *entries: dict[str, Any]) -> str:
+        listed = [{"id": "d", "instance_data_dir": "d"}, *entries]
+        return "\n".join(load(write_list(tmp_path, settings, listed), {}, {}).notes)
+
+    held = {"id": "h", "dataset_type": "eval", "instance_data_dir": "h"}
+    note = "dataset h: repeats, start_step have no effect: it is never trained on"
+    assert note in said({}, {**held, "repeats": 3, "start_step": 7})
+    assert "never trained on" not in said({"small_buckets": "merge"}, held), (
+        "what config.json says for all is no mistake"
+    )
+    masks = {"id": "m", "dataset_type": "conditioning", "instance_data_dir": "m", "resolution": 512, "crop": True}
+    linked = {"id": "e", "instance_data_dir": "e", "conditioning_data": "m"}
+    assert "masks m: no dataset names them" in said({}, masks)
+    assert "m: resolution, crop have no effect: masks are resized, cropped and cached as" in said({}, masks, linked)
+    share = {"masked_loss_probability": 0.5}
+    assert "masked_loss_probability has no effect" in said(share, masks, linked)
+    assert "masked_loss_probability" not in said(share, {**masks, "conditioning_type": "segmentation"}, linked)
+    base = {"regularisation_target": "base"}
+    assert "regularisation_target base has no effect" in said(base)
+    assert "has no effect: no dataset has is_reg" not in said(
+        base, {**linked, "conditioning_data": None, "is_regularisation_data": True}
+    )
+    assert "dataset e: its probability is 0: it is left out" in said(
+        {}, {**linked, "conditioning_data": "", "probability": 0}
+    )
 
 
 # ---- sizes, crops and aspects ----

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from sana_tune.config.caption_edits import CaptionShuffle
 from sana_tune.config.choices import CAPTION_STRATEGIES
 from sana_tune.data.captions import (
     STRATEGIES,
@@ -106,3 +107,48 @@ def test_only_text_files_are_read():
 
 def test_caption_keys():
     assert caption_key("a/b.c/d.e.png") == "a/b.c/d.e.txt"
+
+
+# ---- filters and shuffles ----
+
+
+def test_filters_work_on_the_text_as_it_is_written():
+    rules = CaptionRules("textfile", filters=("A ", r"s/\bmat$/rug/i"))
+    assert captions_of("cats/one.png", read, rules) == ("red cat", "on a rug")
+
+
+def test_a_caption_of_which_nothing_is_left_is_dropped_and_none_is_missing():
+    assert captions_of("cats/one.png", read, CaptionRules("textfile", filters=("A red cat",))) == ("on a mat",)
+    rules = CaptionRules("textfile", filters=("s/.*//",))
+    assert captions_of("cats/one.png", read, rules) == Missing(
+        "its caption is empty once caption_filter_list is applied"
+    )
+
+
+def test_an_instance_prompt_before_a_caption_is_not_filtered_and_stays_in_front():
+    shuffle = CaptionShuffle(count=5)
+    rules = CaptionRules("filename", ("Sks, cat",), prepend=True, filters=("cat",), shuffle=shuffle)
+    found = captions_of("one, cat, two, three.png", read, rules)
+    assert found[0] == "sks, cat one, , two, three" and len(found) == 6
+    assert all(text.startswith("sks, cat ") and "cat" not in text.removeprefix("sks, cat ") for text in found)
+    assert {tuple(sorted(text.removeprefix("sks, cat ").split(", "))) for text in found[1:]} == {
+        ("one", "three", "two")
+    }
+
+
+def test_a_caption_that_is_the_instance_prompt_is_filtered_and_shuffled():
+    rules = CaptionRules("textfile", ("a cat, on a mat",), only=True, filters=("a ",), shuffle=CaptionShuffle())
+    assert captions_of("x.png", read, rules) == ("cat, on mat", "on mat, cat")
+
+
+def test_every_line_of_a_file_is_shuffled_and_no_variant_comes_twice():
+    files = {"a.txt": b"one, two\ntwo, one\nB, b"}
+    rules = CaptionRules("textfile", shuffle=CaptionShuffle(count=3))
+    assert captions_of("a.png", files.get, rules) == ("one, two", "two, one", "b, b")
+    assert captions_of("a.png", files.get, replace(rules, case="keep"))[2:] == ("B, b", "b, B")
+
+
+def test_a_prepended_prompt_stands_before_the_caption_with_one_blank_between():
+    """SimpleTuner's form: "<instance_prompt> <caption>"."""
+    rules = CaptionRules("textfile", ("In the style of X:",), prepend=True, case="keep")
+    assert captions_of("cats/one.png", read, rules)[0] == "In the style of X: A red cat"

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +14,8 @@ from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps
 
 from sana_tune.data import images
 from sana_tune.data.geometry import Box, Placement, Rules, Size, place
-from sana_tune.data.images import BrokenImage, decode, encode_png, measure, prepare
+from sana_tune.data.images import BrokenImage, decode, encode_png, measure, prepare, read_header
+from sana_tune.data.sources import PICTURE_ENDINGS
 from tests.data.pictures import encoded, noise
 from tests.data.profiles import (
     ADOBE_GAMMA,
@@ -27,6 +30,7 @@ from tests.data.profiles import (
     xyz_of_lab,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 LOSSLESS = {"PNG": {}, "TIFF": {}, "WEBP": {"lossless": True}}
 
 
@@ -292,10 +296,27 @@ def test_a_picture_cut_in_its_body_measures_but_does_not_decode():
         decode(data[: len(data) // 2])
 
 
-@pytest.mark.parametrize("data", [b"", b"not a picture", b"\xff\xd8\xff"])
+@pytest.mark.parametrize("data", [b"not a picture", b"\xff\xd8\xff", b"\0" * 100])
 def test_no_picture_at_all(data: bytes):
     with pytest.raises(BrokenImage, match=r"is not a picture|is damaged"):
         measure(data)
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (b"", "is an empty file"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is a HEIC picture, which is not read"),
+        (b"\xff\x0a\xfa\x7f\x90", "is a JPEG XL picture, which is not read"),
+        (b"%PDF-1.7", "is a PDF"),
+        (b"<!DOCTYPE html><html>404", "is a web page"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "is not a picture"),
+    ],
+)
+def test_what_people_have_under_the_name_of_a_picture(data: bytes, reason: str):
+    for look in (measure, decode):
+        with pytest.raises(BrokenImage, match=reason):
+            look(data)
 
 
 def test_float_and_32_bit_pixels_are_refused():
@@ -314,6 +335,284 @@ def test_large_pictures_are_read_and_absurd_ones_are_not(monkeypatch: pytest.Mon
     monkeypatch.setattr(images, "MAX_PIXELS", 1000)
     with pytest.raises(BrokenImage, match="at most"):
         measure(encoded(noise(40, 30)))
+
+
+def test_a_bomb_is_left_out_by_its_header_and_nothing_is_decoded():
+    rows = zlib.compress(b"\0" * 100_001)
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 0, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    for look in (measure, decode):
+        with pytest.raises(BrokenImage, match=r"is 100000x100000 px; at most 537 megapixels are read"):
+            look(bomb)
+
+
+def test_large_pictures_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    """Four threads, and never two in the decoder; small ones are not held up."""
+    monkeypatch.setattr(images, "LARGE_PIXELS", 5000)
+    inside, most = [0], {True: 0, False: 0}
+    load = ImageFile.ImageFile.load
+
+    def counting(image: ImageFile.ImageFile):
+        large = image.size[0] * image.size[1] > 5000
+        inside[0] += large
+        most[large] = max(most[large], inside[0])
+        try:
+            return load(image)
+        finally:
+            inside[0] -= large
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", counting)
+    large, small = encoded(noise(300, 200)), encoded(noise(40, 30))
+    with ThreadPoolExecutor(4) as workers:
+        sizes = [image.size for image in workers.map(decode, [large, small] * 12)]
+    assert sizes == [(300, 200), (40, 30)] * 12 and most[True] == 1
+
+
+def kinds_of_pictures() -> dict[str, bytes]:
+    """Every way in which a picture becomes RGB."""
+    palette = Image.fromarray(noise(61, 47)).quantize(30)
+    return {
+        "rgb": encoded(noise(61, 47)),
+        "rgba": encoded(noise(61, 47, channels=4)),
+        "grey with alpha": encoded(Image.fromarray(noise(61, 47)).convert("LA")),
+        "palette": encoded(palette, transparency=bytes(range(0, 240, 8))),
+        "hidden colour": encoded(Image.fromarray(noise(61, 47)), transparency=(1, 2, 3)),
+        "16 bits": encoded(Image.fromarray(noise(61, 47)[..., 0].astype(np.uint16) * 250), transparency=500),
+        "profile": encoded(noise(61, 47), icc_profile=matrix_profile(ADOBE_RGB, ADOBE_GAMMA)),
+        "cmyk": encoded(Image.fromarray(noise(61, 47)).convert("CMYK"), "TIFF"),
+    }
+
+
+def test_a_large_picture_is_converted_in_strips_to_the_same(monkeypatch: pytest.MonkeyPatch):
+    pictures = kinds_of_pictures()
+    whole = {name: np.asarray(decode(data, "#336699")) for name, data in pictures.items()}
+    monkeypatch.setattr(images, "LARGE_PIXELS", 100)
+    for strip in (61 * 10, 1):
+        monkeypatch.setattr(images, "_STRIP_PIXELS", strip)
+        for name, data in pictures.items():
+            np.testing.assert_array_equal(np.asarray(decode(data, "#336699")), whole[name], err_msg=name)
+
+
+def test_no_memory_is_told_and_not_a_crash(monkeypatch: pytest.MonkeyPatch):
+    def no_memory(image: Image.Image):
+        raise MemoryError
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", no_memory)
+    with pytest.raises(BrokenImage, match="takes more memory than there is"):
+        decode(encoded(noise(40, 30)))
+
+
+NOISY = """
+import io, struct, sys, zlib
+import numpy as np
+from PIL import Image
+from sana_tune.data.images import BrokenImage, decode, measure
+rng = np.random.default_rng(0)
+def saved(image, format, **options):
+    file = io.BytesIO(); image.save(file, format, **options); return file.getvalue()
+picture = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+palette = picture.quantize(16)
+whole = [saved(picture, format) for format in ("TIFF", "JPEG", "PNG", "GIF", "WEBP", "BMP", "TGA", "PPM")]
+whole += [saved(picture, "TIFF", compression=name) for name in ("tiff_lzw", "tiff_deflate")]
+whole += [saved(palette, "PNG", transparency=bytes(range(16)))]
+exif = Image.Exif(); exif[0x0112] = 6
+whole.append(saved(picture, "JPEG", exif=exif.tobytes()[:-6] + b"\\xff" * 6))
+for data in whole:
+    for cut in [len(data), *rng.integers(8, len(data), 30)]:
+        torn = bytearray(data[:cut])
+        for place in rng.integers(8, len(torn), 3) if cut < len(data) else ():
+            torn[place] ^= 0xff
+        for look in (measure, decode):
+            try:
+                look(bytes(torn))
+            except BrokenImage:
+                pass
+"""
+
+
+def test_nothing_leaks_to_the_console():
+    """Pillow's warnings and the decoders' own words, of whole files, torn files and files above Pillow's limit."""
+    ran = subprocess.run([sys.executable, "-c", NOISY], cwd=ROOT, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+
+
+# ---- formats and modes ----
+
+
+@pytest.mark.parametrize(
+    "format, options",
+    [("PNG", {}), ("BMP", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("WEBP", {"lossless": True}),
+     ("JPEG2000", {"irreversible": False}), ("PPM", {}), ("TGA", {}), ("TGA", {"compression": "tga_rle"}),
+     ("QOI", {}), ("PCX", {}), ("SGI", {}), ("AVIF", {"quality": 100, "subsampling": "4:4:4"}),
+     ("JPEG", {"quality": 100, "subsampling": 0}), ("GIF", {})],
+)  # fmt: skip
+def test_every_format_is_read(format: str, options: dict):
+    if format not in Image.SAVE:
+        pytest.skip(f"this Pillow writes no {format}")
+    picture = np.array(Image.fromarray(noise(40, 24)).quantize(60).convert("RGB")) if format == "GIF" else noise(40, 24)
+    data = encoded(picture, format, **options)
+    assert measure(data) == (40, 24)
+    shown = np.asarray(decode(data)).astype(int)
+    near = {"JPEG": 6, "AVIF": 6}.get(format, 0)
+    assert np.abs(shown - picture).max() <= near
+
+
+def test_every_ending_of_what_is_read_is_a_picture():
+    read = {ending for ending, format in Image.registered_extensions().items() if format in images._OPENED}
+    unusual = {".avifs", ".bw", ".rgb", ".rgba", ".sgi", ".icb", ".vda", ".vst", ".pfm", ".pcx"}
+    assert read - unusual <= PICTURE_ENDINGS
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_sixteen_bits_a_colour(mode: str):
+    """A PNG of 16 bits a channel, written by hand: Pillow has no such mode, and takes the upper eight bits."""
+    channels = len(mode)
+    values = np.random.default_rng(0).integers(0, 65536, (6, 5, channels), dtype=np.uint16)
+    values[..., 3:] = 65535
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", 5, 6, 16, {"RGB": 2, "RGBA": 6}[mode], 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    shown = np.asarray(decode(png)).astype(float)
+    assert np.abs(shown - values[..., :3] / 257).max() <= 1
+
+
+def test_lab_pictures():
+    """L*a*b* of D50 as a TIFF holds it: greys, and colours inside sRGB."""
+    lab = np.array([[[0, 0, 0], [50, 0, 0], [100, 0, 0], [60, 30, 20], [40, -20, 10], [70, 5, -25]]], dtype=float)
+    stored = np.stack([lab[..., 0] * 2.55, lab[..., 1] + 128, lab[..., 2] + 128], axis=-1).round().astype(np.uint8)
+    image = Image.merge("LAB", [Image.fromarray(stored[..., channel]) for channel in range(3)])
+    shown = np.asarray(decode(encoded(image, "TIFF"))).astype(float)
+    assert np.abs(shown - srgb_of_xyz(xyz_of_lab(lab))).max() <= 2.5
+
+
+def test_one_bit_pictures_are_black_and_white():
+    bits = np.random.default_rng(0).integers(0, 2, (9, 13)).astype(bool)
+    shown = np.asarray(decode(encoded(Image.fromarray(bits))))
+    np.testing.assert_array_equal(shown, np.repeat(255 * bits[..., None], 3, axis=-1).astype(np.uint8))
+
+
+# ---- the ground below transparent parts ----
+
+
+def test_the_header_tells_whether_there_may_be_transparent_parts():
+    palette = Image.fromarray(noise(9, 8)).quantize(8)
+    with_alpha = [
+        *(encoded(noise(9, 8, channels=4), format) for format in ("PNG", "WEBP", "TIFF", "TGA")),
+        encoded(palette, transparency=3),
+        encoded(palette, "GIF", transparency=3),
+        encoded(Image.fromarray(noise(9, 8)), transparency=(1, 2, 3)),
+        encoded(Image.fromarray(np.zeros((8, 9), np.uint16)), transparency=5),
+    ]
+    without = [encoded(noise(9, 8), format) for format in ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP")]
+    assert [read_header(data).alpha for data in with_alpha] == [True] * len(with_alpha)
+    assert [read_header(data).alpha for data in without] == [False] * len(without)
+    assert {read_header(data).size for data in (*with_alpha, *without)} == {(9, 8)}
+
+
+def test_transparent_parts_show_the_ground():
+    rgba = noise(8, 8, channels=4)
+    rgba[..., 3] = np.linspace(0, 255, 64).reshape(8, 8)
+    alpha, ground = rgba[..., 3:].astype(float) / 255, np.array([16, 96, 224])
+    for format in ("PNG", "TIFF", "TGA"):
+        shown = np.asarray(decode(encoded(rgba, format), "#1060e0")).astype(float)
+        assert np.abs(shown - (rgba[..., :3] * alpha + ground * (1 - alpha))).max() <= 1, format
+    opaque = encoded(noise(8, 8))
+    np.testing.assert_array_equal(np.asarray(decode(opaque, "#1060e0")), np.asarray(decode(opaque)))
+    placement = Placement(Size(8, 8), Box(0, 0, 8, 8))
+    np.testing.assert_array_equal(prepare(encoded(rgba), placement, "#1060e0"), decode(encoded(rgba), "#1060e0"))
+
+
+def test_a_hidden_grey_of_sixteen_bits_shows_the_ground():
+    values = np.array([[0, 300, 65535]], dtype=np.uint16)
+    shown = np.asarray(decode(encoded(Image.fromarray(values), transparency=300), "#ff0000"))
+    assert shown.tolist() == [[[0, 0, 0], [255, 0, 0], [255, 255, 255]]]
+
+
+# ---- JPEGs decoded at a part of their size ----
+
+
+def photo(width: int, height: int, seed: int = 0) -> np.ndarray:
+    """Like a photograph: broad gradients, detail of every size, and the noise of a sensor."""
+    chosen = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    shades = [127 + 90 * np.sin(5 * x / width + turn) * np.cos(4 * y / height - turn) for turn in range(3)]
+    picture = np.stack(shades, axis=-1)
+    for size, strength in ((64, 25), (16, 12), (4, 6)):
+        small = chosen.integers(0, 256, (height // size + 1, width // size + 1, 3), dtype=np.uint8)
+        layer = np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC), np.float32)
+        picture += (layer - 127) / 127 * strength
+    return np.clip(picture + chosen.normal(0, 3, picture.shape), 0, 255).astype(np.uint8)
+
+
+def psnr_db(one: np.ndarray, other: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two 8-bit pictures, dB; infinite for equal ones."""
+    error = np.mean((one.astype(float) - other) ** 2)
+    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
+
+
+def decoded_sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Sizes at which pictures are decoded from here on."""
+    sizes, load = [], ImageFile.ImageFile.load
+
+    def noting(image: ImageFile.ImageFile):
+        sizes.append(image.size)
+        return load(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", noting)
+    return sizes
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size, part", [((1600, 1200), 4), ((1203, 1601), 4), ((1117, 745), 2)])
+def test_a_large_jpeg_is_decoded_small_and_nobody_sees_it(
+    size: tuple[int, int], part: int, orientation: int, monkeypatch: pytest.MonkeyPatch
+):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = encoded(photo(*size), "JPEG", quality=92, exif=exif.tobytes())
+    placement = place(measure(data), Rules(resolution=224))
+    sizes = decoded_sizes(monkeypatch)
+    small = prepare(data, placement)
+    assert set(sizes) == {(-(-size[0] // part), -(-size[1] // part))}
+    stored = placement.resize if orientation < 5 else placement.resize[::-1]
+    assert all(have >= images.DRAFT * need for have, need in zip(sizes[0], stored, strict=True))
+    with Image.open(io.BytesIO(data)) as image:
+        whole = ImageOps.exif_transpose(image).resize(placement.resize, Image.Resampling.LANCZOS)
+    assert psnr_db(small, np.asarray(whole.crop(placement.crop_box))) > 45
+
+
+def test_a_jpeg_is_decoded_whole_where_a_part_is_too_little(monkeypatch: pytest.MonkeyPatch):
+    """Equal to the plain way to the last bit, just below the limit; above it at half its size."""
+    sizes = decoded_sizes(monkeypatch)
+    target = Placement(Size(160, 120), Box(0, 0, 160, 120))
+    below, above = photo(479, 359), photo(480, 360)
+    data = encoded(below, "JPEG", quality=92)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(image.resize((160, 120), Image.Resampling.LANCZOS))
+    sizes.clear()
+    np.testing.assert_array_equal(prepare(data, target), expected)
+    assert set(sizes) == {(479, 359)}
+    sizes.clear()
+    prepare(encoded(above, "JPEG", quality=92), target)
+    assert set(sizes) == {(240, 180)}
+
+
+@pytest.mark.parametrize("options", [{"progressive": True}, {"subsampling": 0}, {"mode": "L"}, {"mode": "CMYK"}])
+def test_every_kind_of_jpeg_can_be_decoded_small(options: dict, monkeypatch: pytest.MonkeyPatch):
+    mode = options.pop("mode", "RGB")
+    data = encoded(Image.fromarray(photo(801, 643)).convert(mode), "JPEG", quality=92, **options)
+    placement = Placement(Size(100, 80), Box(0, 0, 100, 80))
+    small = prepare(data, placement)
+    monkeypatch.setattr(images, "DRAFT", 1000)
+    assert psnr_db(small, prepare(data, placement)) > 45
+
+
+def test_other_formats_are_always_decoded_whole(monkeypatch: pytest.MonkeyPatch):
+    sizes = decoded_sizes(monkeypatch)
+    placement = Placement(Size(40, 30), Box(0, 0, 40, 30))
+    for format in ("PNG", "TIFF", "WEBP", "JPEG2000"):
+        prepare(encoded(photo(400, 300), format), placement)
+    assert set(sizes) == {(400, 300)}
 
 
 def test_preparing_is_one_lanczos_resize_and_a_crop():

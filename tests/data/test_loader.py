@@ -3,17 +3,24 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 from sana_tune.data.buckets import Bucket
 from sana_tune.data.cache import TensorCache
 from sana_tune.data.geometry import Size
 from sana_tune.data.loader import Batches, choose_caption, drops_caption, padded, prefetched
 from sana_tune.data.order import Order
-from sana_tune.data.records import Keys, Record
+from sana_tune.data.records import Keys, Record, Role
+from sana_tune.data.timeline import Window
 from tests.data.pictures import record
 
 KEYS = Keys("vae", "gemma")
@@ -116,6 +123,137 @@ def test_padding_is_zero_and_masked():
     text, mask = padded([torch.ones(2, 3), torch.full((4, 3), 2.0)])
     assert text[0].tolist() == [[1.0] * 3] * 2 + [[0.0] * 3] * 2
     assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+
+
+# ---- any run: datasets, ranks, where it goes on ----
+
+
+@dataclass(frozen=True)
+class Held:
+    """Tensors in main memory: the number that the key names, or a caption's length, everywhere."""
+
+    of: Mapping[str, Tensor]
+
+    def get(self, key: str) -> Tensor:
+        return self.of[key]
+
+
+@st.composite
+def runs(draw) -> tuple[list[Record], Order, Held, Held]:
+    """One to three datasets of one to three buckets, some of which start and end, with captions of some variants."""
+    records: list[Record] = []
+    buckets: list[Bucket] = []
+    for name in "abc"[: draw(st.integers(1, 3))]:
+        batch_size, repeats = draw(st.integers(1, 4)), draw(st.integers(0, 2))
+        role = draw(st.sampled_from([Role.TRAIN, Role.REGULARISE]))
+        for number in range(draw(st.integers(1, 3))):
+            size, first = Size(64 * (number + 1), 64), len(records)
+            for _ in range(draw(st.integers(1, 6))):
+                captions = tuple(f"{len(records)} {variant}" for variant in range(draw(st.integers(1, 3))))
+                made = record(f"{len(records)}.png", size, name, captions)
+                records.append(replace(made, role=role))
+            buckets.append(Bucket(name, size, tuple(range(first, len(records))), batch_size, repeats, role))
+    when = {"b": Window(start_step=draw(st.integers(0, 4))), "c": Window(1, 0, 2, None)}
+    order = Order(
+        buckets, {"a": 0.5}, draw(st.sampled_from(["auto-weighting", "uniform"])), draw(st.integers(0, 99)), when, 12
+    )
+    latents = Held({KEYS.latent(each): torch.full((1, 1, 1), number) for number, each in enumerate(records)})
+    texts = {caption: number for number, each in enumerate(records) for caption in each.captions}
+    text = Held({KEYS.text(caption): torch.full((1, 1), number) for caption, number in {**texts, "": -1}.items()})
+    return records, order, latents, text
+
+
+@settings(max_examples=300, deadline=None)
+@given(runs(), st.sampled_from([(1, 12), (2, 6), (3, 4), (4, 3), (6, 2), (12, 1)]), st.integers(0, 6))
+def test_ranks_and_resuming_change_nothing_of_any_run(run, shared, start):
+    """Twelve micro-batches a step, shared by ranks in every way, from any step on: the stream of one rank from 0."""
+    records, order, latents, text = run
+    ranks, accumulation = shared
+
+    def course(first: int, last: int, rank: int, ranks: int, accumulation: int) -> list[list[Any]]:
+        batches = Batches(
+            order, records, latents, text, KEYS, seed=3, caption_dropout=0.2, rank=rank, ranks=ranks,
+            accumulation=accumulation,
+        )  # fmt: skip
+        return [[seen(pair) for pair in batches.load(step)] for step in range(first, last)]
+
+    alone = course(0, start + 2, 0, 1, 12)
+    parts = [course(start, start + 2, rank, ranks, accumulation) for rank in range(ranks)]
+    for step in range(2):
+        mixed: list[Any] = [None] * 12
+        for rank in range(ranks):
+            mixed[rank::ranks] = parts[rank][step]
+        assert mixed == alone[start + step]
+    for _, ids, numbers, captions, role in (one for step in alone for one in step):
+        chosen = [records[number] for number in numbers]
+        assert [each.id for each in chosen] == list(ids), "latents belong to their pictures"
+        assert len({(each.dataset, each.placement.target) for each in chosen}) == 1 and {role} == {chosen[0].role}
+        assert all(caption in (-1, number) for number, caption in zip(numbers, captions, strict=True)), "and captions"
+
+
+def seen(pair) -> tuple[Any, ...]:
+    micro_batch, batch = pair
+    numbers, captions = batch.latents[:, 0, 0, 0].tolist(), batch.text[:, 0, 0].tolist()
+    return micro_batch.index, batch.ids, numbers, captions, batch.role
+
+
+# ---- masks and caches of one's own ----
+
+
+def test_masks_come_with_their_pictures_and_stay_out_elsewhere():
+    masked = [replace(record(f"{n}.png"), mask_key=f"{n}.png", mask_hash=str(n)) for n in range(3)]
+    records = [*masked, *(record(f"{n}.png", Size(96, 64)) for n in range(3, 5))]
+    buckets = [Bucket("cats", SIZES[0], (0, 1, 2), 2), Bucket("cats", SIZES[1], (3, 4), 2)]
+    latents = Held({KEYS.latent(each): torch.zeros(1, 8, each.placement.target.width // 8) for each in records})
+    text = Held({KEYS.text(each): torch.zeros(1, 1) for each in ("a cat", "")})
+    of = {each.id: torch.full((1, 8, 8), (number + 1) / 4) for number, each in enumerate(masked)}
+    batches = Batches(
+        Order(buckets, {}, "uniform", 0), records, latents, text, KEYS, seed=0, masks=lambda each: of[each.id]
+    )
+    found = [batch for step in range(6) for _, batch in batches.load(step)]
+    assert {batch.loss_mask is None for batch in found} == {True, False}
+    for batch in found:
+        if batch.loss_mask is None:
+            assert batch.latents.shape[-1] == 12
+        else:
+            assert batch.loss_mask.shape == (2, 1, 8, 8)
+            assert all(torch.equal(mask, of[name]) for mask, name in zip(batch.loss_mask, batch.ids, strict=True))
+    assert all(b.loss_mask is None for step in range(6) for _, b in Batches(
+        Order(buckets, {}, "uniform", 0), records, latents, text, KEYS, seed=0).load(step))  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "share", "least", "most"), [("mask", 0.3, 200, 200), ("segmentation", 0.3, 40, 80)])
+def test_segmentation_is_applied_to_its_share_and_other_masks_always(kind, share, least, most):
+    records = [replace(record("0.png"), mask_key="0.png", mask_hash="0", mask_kind=kind)]
+    latents, text = Held({KEYS.latent(records[0]): torch.zeros(1, 8, 8)}), Held({KEYS.text("a cat"): torch.zeros(1, 1)})
+    order = Order([Bucket("cats", SIZES[0], (0,), 1)], {}, "uniform", 0)
+    batches = Batches(
+        order, records, latents, text, KEYS, seed=0, masks=lambda each: torch.zeros(1, 8, 8), segmentation_share=share
+    )
+    masks = [batch.loss_mask for step in range(200) for _, batch in batches.load(step)]
+    applied = sum(not mask.any() for mask in masks)
+    assert least <= applied <= most and all(mask.eq(1).all() for mask in masks if mask.any())
+
+
+def test_every_dataset_reads_its_own_caches():
+    records = [record("0.png", dataset="one"), record("0.png", dataset="two")]
+    buckets = [Bucket(each.dataset, SIZES[0], (number,), 1) for number, each in enumerate(records)]
+    latents = {each.dataset: Held({KEYS.latent(each): torch.full((1, 8, 8), n)}) for n, each in enumerate(records)}
+    texts = {each.dataset: Held({KEYS.text("a cat"): torch.full((1, 1), n)}) for n, each in enumerate(records)}
+    batches = Batches(
+        Order(buckets, {}, "uniform", 0),
+        records,
+        lambda r: latents[r.dataset],
+        lambda r: texts[r.dataset],
+        KEYS,
+        seed=0,
+    )
+    found = {
+        batch.ids: (number(batch.latents), batch.text.flatten().tolist())
+        for s in (0, 1)
+        for _, batch in batches.load(s)
+    }
+    assert found == {("one/0.png",): ([0], [0.0]), ("two/0.png",): ([1], [1.0])}
 
 
 # ---- prefetching ----

@@ -4,8 +4,6 @@ import time
 import tracemalloc
 from collections import Counter
 from fractions import Fraction
-from itertools import pairwise
-from math import factorial
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +11,9 @@ from hypothesis import strategies as st
 
 from sana_tune.data.buckets import Bucket
 from sana_tune.data.geometry import Size
-from sana_tune.data.order import Order, Phases, permuted, pictures, unit_float
+from sana_tune.data.order import Order, pictures
+from sana_tune.data.records import digest
+from sana_tune.data.timeline import Phases, Window
 
 
 def make(*shapes: tuple[str, int, int, int]) -> tuple[Bucket, ...]:
@@ -89,6 +89,24 @@ def test_a_pinned_order():
     ]
 
 
+def test_the_order_of_forty_runs_is_pinned():
+    """As it was before datasets could start and end: what was begun then goes on unchanged."""
+    found = []
+    for number in range(40):
+        buckets, first, datasets = [], 0, 1 + number % 3
+        for place in range(1 + number % 5):
+            count, which = 1 + (7 * number + 11 * place) % 23, place % datasets
+            records = tuple(range(first, first + count))
+            size, batch_size = Size(32 * (place + 1), 32), 1 + (number + which) % 5
+            buckets.append(Bucket("abc"[which], size, records, batch_size, number % 4))
+            first += count
+        order = Order(buckets, {"b": 0.5, "c": 3.0}, ("auto-weighting", "uniform")[number % 2], number)
+        for index in range(0, 3 * order.micro_batches_per_epoch, 1 + number % 7):
+            batch = order.micro_batch(index)
+            found.append([batch.index, batch.epoch, batch.bucket, list(batch.records)])
+    assert (len(found), digest(found)) == (1761, "57dd80a6b31c70ccb48ba5f1a797dd63")
+
+
 def test_repeats_show_all_pictures_once_before_any_again():
     order = Order(make(("a", 12, 3, 9), ("a", 6, 3, 9)), {}, "uniform", 3)
     for round_ in range(10):
@@ -122,6 +140,51 @@ def test_fill_ins_are_distinct_while_there_are_others(count: int, batch_size: in
     assert len(set(fill[:unseen])) == min(len(fill), unseen)
     assert not set(fill[:unseen]) & set(own)
     assert max(Counter(fill).values(), default=0) <= -(-len(fill) // count) + 1
+
+
+# ---- datasets that start and end ----
+
+schedules = st.fixed_dictionaries(
+    {
+        name: st.builds(
+            Window,
+            start_epoch=st.integers(1, 3),
+            start_step=st.integers(0, 25),
+            end_epoch=st.one_of(st.none(), st.integers(3, 5)),
+            end_step=st.one_of(st.none(), st.integers(25, 60)),
+        )
+        for name in "bc"
+    }
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(some_buckets(), weights, modes, st.integers(0, 2**32), schedules, st.integers(1, 4))
+def test_a_schedule_moves_datasets_and_changes_nothing_inside_them(buckets, weights, mode, seed, when, per_step):
+    """In an epoch that shows a dataset whole, its pictures come as often as they should; the rest is left as it was."""
+    order = Order(buckets, weights, mode, seed, when, per_step)
+    alone = {
+        name: Order([b for b in buckets if b.dataset == name], {}, mode, seed) for name in "abc"[: len(names(buckets))]
+    }
+    by_epoch: dict[tuple[int, str], list[tuple[int, ...]]] = {}
+    for index in range(150):
+        batch = order.micro_batch(index)
+        bucket, step = buckets[batch.bucket], index // per_step + 1
+        assert len(batch.records) == bucket.batch_size and set(batch.records) <= set(bucket.records)
+        if window := when.get(bucket.dataset):
+            assert max(1, window.start_step) <= step <= (window.end_step or step)
+            assert window.start_epoch <= batch.epoch + 1 <= (window.end_epoch or batch.epoch + 1)
+        by_epoch.setdefault((batch.epoch, bucket.dataset), []).append(batch.records)
+    again = Order(buckets, weights, mode, seed, when, per_step)
+    assert again.micro_batch(149) == order.micro_batch(149), "any position on its own"
+    for (epoch, name), shown in by_epoch.items():
+        total = alone[name].micro_batches_per_epoch
+        inside = [alone[name].micro_batch(epoch * total + place).records for place in range(total)]
+        assert shown == inside[: len(shown)], "the dataset's own order does not depend on the others"
+
+
+def names(buckets) -> list[str]:
+    return sorted({bucket.dataset for bucket in buckets})
 
 
 # ---- datasets ----
@@ -185,38 +248,3 @@ def test_a_thousand_repeats_of_ten_thousand_pictures_start_at_once():
     tracemalloc.stop()
     assert order.micro_batches_per_epoch == 10 * 1001 * 250 and last.epoch == 2
     assert took_s < 0.2 and peak < 1_000_000
-
-
-# ---- randomness from position ----
-
-
-@settings(max_examples=200)
-@given(st.integers(1, 300), st.integers(0, 2**64))
-def test_permutations_permute(size: int, seed: int):
-    assert sorted(permuted(place, size, (seed,)) for place in range(size)) == list(range(size))
-
-
-def test_small_permutations_are_all_about_equally_likely():
-    for size, draws in ((2, 2000), (3, 3000), (4, 6000)):
-        found = Counter(tuple(permuted(p, size, (seed,)) for p in range(size)) for seed in range(draws))
-        expected = draws / factorial(size)
-        assert len(found) == factorial(size)
-        chi2 = sum((n - expected) ** 2 / expected for n in found.values())
-        assert chi2 < factorial(size) + 5 * (2 * factorial(size)) ** 0.5
-
-
-def test_large_permutations_scatter():
-    size = 10**12
-    drawn = [permuted(place, size, ("x",)) / size for place in range(2000)]
-    assert len(set(drawn)) == 2000
-    assert abs(sum(drawn) / 2000 - 0.5) < 0.03
-    assert abs(sum(a * b for a, b in pairwise(drawn)) / 1999 - 0.25) < 0.03
-
-
-def test_unit_floats_are_uniform_and_pinned():
-    drawn = [unit_float("x", i) for i in range(4000)]
-    assert all(0 <= x < 1 for x in drawn)
-    for k in range(10):
-        assert abs(sum(k / 10 <= x < (k + 1) / 10 for x in drawn) - 400) < 100
-    assert unit_float(1, "x") != unit_float("1x") != unit_float("1", "x")
-    assert unit_float(42, "caption", 3, 0, 1) == 0.6532481836591935

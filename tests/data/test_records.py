@@ -15,7 +15,7 @@ def test_digests_are_fixed():
     assert digest("a", 1, 0.5, ["ü"]) == digest("a", 1, 0.5, ["ü"]) != digest("a1", 0.5, ["ü"])
     assert len(digest("a")) == 32
     assert Keys("vae", "text").text("a cat") == "5fcb9c2e8e1d9fc32d91b82bfd746731"
-    assert Keys("vae", "text").latent(record("a.png")) == "1519e4c4b40b2391eea1c47b28d06338"
+    assert Keys("vae", "text").latent(record("a.png")) == "f7a4608cb2cf8bcadafb8ba0c861fe99"
 
 
 def test_a_latent_depends_on_content_placement_and_encoder_alone():
@@ -36,6 +36,12 @@ def test_a_latent_depends_on_how_pictures_are_decoded(monkeypatch: pytest.Monkey
     before = Keys("vae", "text").latent(record("a.png"))
     monkeypatch.setattr(records, "DECODING", records.DECODING + 1)
     assert Keys("vae", "text").latent(record("a.png")) != before
+
+
+def test_a_latent_depends_on_the_ground_of_transparent_parts_where_there_are_any():
+    keys, one = Keys("vae", "text"), record("a.png")
+    grounds = [keys.latent(replace(one, ground=ground)) for ground in (None, "#000000", "#ff0000")]
+    assert len(set(grounds)) == 3 and grounds[0] == keys.latent(one)
 
 
 def test_a_picture_that_was_never_hashed_has_no_key():

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import safetensors.numpy
 
 from sana_tune.data import shards
-from sana_tune.data.shards import Item, Reader, Writer, scan
+from sana_tune.data.shards import Item, Reader, Unusable, Writer, scan
 from sana_tune.errors import UserError
 
 
@@ -131,7 +133,7 @@ def test_a_flipped_bit_is_found_and_the_file_named(tmp_path: Path):
     (tmp_path / name).write_bytes(data)
     reader, items = Reader(tmp_path), scan(tmp_path).items
     assert bytes(reader.read(items["a"])) == item(1).data
-    with pytest.raises(UserError, match=rf"{name}: this cache file is damaged(.|\n)*delete it"):
+    with pytest.raises(UserError, match=rf"{name}: this cache file is damaged(.|\n)*start again"):
         reader.read(items["b"])
 
 
@@ -139,8 +141,13 @@ def test_a_shard_deleted_meanwhile_is_told(tmp_path: Path):
     write(tmp_path, {"a": item(1)})
     place = scan(tmp_path).items["a"]
     (tmp_path / place.file).unlink()
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(Unusable, match="this cache file is gone") as raised:
         Reader(tmp_path).read(place)
+    assert raised.value.lost and raised.value.file == place.file
+    shutil.rmtree(tmp_path)
+    with pytest.raises(Unusable, match="this cache folder is gone") as raised:
+        Reader(tmp_path).read(place)
+    assert not raised.value.lost
 
 
 def test_leftovers_of_killed_writers_go_but_not_those_of_living_ones(tmp_path: Path):
@@ -228,3 +235,115 @@ def test_killed_at_any_moment_nothing_committed_is_lost(tmp_path: Path):
     assert landed_inside >= 3, "too few kills landed inside a write to prove anything"
     with Writer(tmp_path):
         assert not list(tmp_path.glob(".writing-*"))
+
+
+# ---- verify, mend, prune ----
+
+
+def flip(path: Path, bit: int) -> None:
+    """Turn one bit of a file over."""
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def test_no_bit_can_change_unnoticed(tmp_path: Path):
+    """100 places at random, headers and data: `verify` names the file, and what is read is right or is refused."""
+    luck = random.Random(4)
+    whole = {str(number): item(number) for number in range(12)}
+    write(tmp_path / "whole", {key: whole[key] for key in map(str, range(8))}, {key: whole[key] for key in "89"})
+    (biggest, *_), copy = shard_names(tmp_path / "whole"), tmp_path / "copy"
+    for _ in range(100):
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", copy)
+        name = luck.choice(shard_names(copy))
+        flip(copy / name, luck.randrange(8 * (copy / name).stat().st_size))
+        assert [damage.file for damage in shards.verify(copy)] == [name]
+        reader, read, refused = Reader(copy), 0, 0
+        index = scan(copy)
+        for key, place in index.items.items():
+            try:
+                assert bytes(reader.read(place)) == whole[key].data
+                read += 1
+            except Unusable as error:
+                assert error.file == name and error.lost
+                refused += 1
+        assert refused == 1 or (name in index.torn and not refused), "an item, or the header and with it all items"
+    assert shards.verify(tmp_path / "whole") == [] and biggest
+
+
+def test_verify_counts_files_and_tells_the_items_that_are_lost(tmp_path: Path):
+    write(tmp_path, {"a": item(1), "b": item(2)}, {"c": item(3)})
+    place, told = scan(tmp_path).items["b"], []
+    flip(tmp_path / place.file, 8 * place.offset)
+    (damage,) = shards.verify(tmp_path, lambda *event: told.append(event))
+    assert (damage.file, damage.items) == (place.file, ("b",)) and "1 of its 2 items" in damage.what
+    assert told == [(1, 2), (2, 2)]
+    assert shards.verify(tmp_path / "nothing") == []
+
+
+def test_mending_keeps_what_is_sound_and_sets_the_rest_aside(tmp_path: Path):
+    write(tmp_path, {"a": item(1), "b": item(2)._replace(source="of a cat"), "c": item(3)})
+    place = scan(tmp_path).items["a"]
+    flip(tmp_path / place.file, 8 * place.offset)
+    with Writer(tmp_path) as writer:
+        assert writer.mend(place.file) == ("a",)
+        assert writer.mend(place.file) == (), "it is gone already"
+    assert {key: one.data for key, one in contents(tmp_path).items()} == {"b": item(2).data, "c": item(3).data}
+    assert shards.sources(tmp_path) == {"b": "of a cat"}
+    assert [path.name for path in shards.set_aside(tmp_path)] == [place.file + ".bad"] and not shards.verify(tmp_path)
+    with Writer(tmp_path) as writer:
+        (name,) = {place.file for place in scan(tmp_path).items.values()}
+        assert writer.mend(name) == () and name in shard_names(tmp_path), "a sound one stays"
+
+
+def test_two_bad_files_of_one_name_are_both_kept(tmp_path: Path):
+    write(tmp_path, {"a": item(1)})
+    (place,) = scan(tmp_path).items.values()
+    for _ in range(2):
+        write(tmp_path, {"a": item(1)})
+        flip(tmp_path / place.file, 8 * place.offset)
+        with Writer(tmp_path) as writer:
+            writer.mend(place.file)
+    assert [path.name for path in shards.set_aside(tmp_path)] == [f"{place.file}.bad", f"{place.file}.bad1"]
+
+
+def test_pruning_keeps_what_is_asked_for_and_no_second_copies(tmp_path: Path):
+    write(tmp_path, {"a": item(1), "b": item(2)}, {"c": item(3), "d": item(4)}, {"e": item(5)}, {"a": item(1)})
+    before = sum((tmp_path / name).stat().st_size for name in shard_names(tmp_path))
+    with Writer(tmp_path) as writer:
+        pruned = writer.prune(lambda key: key in "acd")
+    assert contents(tmp_path) == {"a": item(1), "c": item(3), "d": item(4)} and pruned.items == 2
+    assert before - pruned.bytes == sum((tmp_path / name).stat().st_size for name in shard_names(tmp_path))
+    assert len(shard_names(tmp_path)) == 2
+    with Writer(tmp_path) as writer:
+        assert writer.prune(lambda key: True) == (0, 0)
+        assert writer.prune(lambda key: False).items == 3 and contents(tmp_path) == {}
+
+
+def test_a_living_writer_is_seen(tmp_path: Path):
+    assert not shards.other_writers(tmp_path)
+    with Writer(tmp_path):
+        assert shards.other_writers(tmp_path)
+    assert not shards.other_writers(tmp_path)
+
+
+def test_a_second_look_reads_only_what_is_new(tmp_path: Path):
+    write(tmp_path, {"a": item(1)}, {"b": item(2)})
+    first = scan(tmp_path)
+    os.truncate(tmp_path / first.items["a"].file, 3)
+    with Writer(tmp_path, torn=()) as writer:
+        writer.write({"c": item(3)})
+    again = scan(tmp_path, first)
+    assert set(again.items) == {"a", "b", "c"} and not again.torn, "known files are taken at their word"
+    (tmp_path / first.items["b"].file).unlink()
+    assert set(scan(tmp_path, again).items) == {"a", "c"}
+    assert set(scan(tmp_path).items) == {"c"}
+
+
+def test_the_remedy_is_that_of_the_error(tmp_path: Path):
+    for number, remedy in ((errno.ENOSPC, "make room on the disk"), (errno.EROFS, "make it writable"),
+                           (errno.EDQUOT, "your quota"), (errno.ENOENT, "is gone"), (errno.EIO, "is sound"),
+                           (errno.EINVAL, "choose another cache folder")):  # fmt: skip
+        with pytest.raises(UserError, match=remedy), shards._told(tmp_path, "written"):
+            raise OSError(number, os.strerror(number))

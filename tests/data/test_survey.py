@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import current_thread
 
 import pytest
 
@@ -183,7 +185,7 @@ def test_the_ledger_balances_and_gives_reasons(tmp_path: Path):
     assert ledger.balances() and not found.problems
     assert (ledger.found, ledger.trained, ledger.not_pictures, ledger.caption_files) == (4, 1, 2, 1)
     assert left_out(found) == {
-        "new.heic": "is not a picture that can be read (damaged, empty, or an unknown format)",
+        "new.heic": "is a HEIC picture, which is not read; save it as JPEG or PNG",
         "small.png": "is 20x20 px, smaller in area than minimum_image_size 32 (32x32 px)",
         "torn.png": left_out(found)["torn.png"],
     }
@@ -379,3 +381,28 @@ def test_the_data_folder_is_left_as_it_was(tmp_path: Path):
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in data.rglob("*")}
     look(dataset(data), memory=FileMemory(tmp_path / "cache" / "files.ndjson"))
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in data.rglob("*")} == before
+
+
+def test_headers_are_read_one_by_one_until_the_disk_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In the system's cache a header is some Python, in which threads only hinder each other; a slow disk is not."""
+    for number in range(60):
+        put(tmp_path, f"{number:02}.png", seed=number)
+    names: list[str] = []
+    pause_s = 0.0
+
+    def opened(store: FolderStore, key: str):
+        names.append(current_thread().name)
+        time.sleep(pause_s)
+        return folder_open(store, key)
+
+    folder_open = FolderStore.open
+    monkeypatch.setattr(FolderStore, "open", opened)
+    monkeypatch.setattr(module, "_PATIENCE_S", 10.0)  # the machine of a test may have others to attend to
+    assert len(look(dataset(tmp_path), headers_only=True).records) == 60
+    assert set(names) == {current_thread().name}
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.03)
+    names.clear()
+    pause_s = 0.01
+    found = look(dataset(tmp_path), headers_only=True)
+    assert [record.key for record in found.records] == [f"{number:02}.png" for number in range(60)]
+    assert names[0] == current_thread().name and any(name.startswith("survey") for name in names[:20])

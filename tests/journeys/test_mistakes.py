@@ -87,6 +87,20 @@ def edit(name: str = CONFIG, **changes: Any) -> Change:
     return change
 
 
+MASKS = {"id": "m", "dataset_type": "conditioning", "instance_data_dir": "masks"}
+
+
+def also(*entries: dict[str, Any], **changes: Any) -> Change:
+    """More entries of multidatabackend.json beside the one dataset, which gets these keys."""
+
+    def change(folder: Path) -> None:
+        edit(BACKENDS, **changes)(folder)
+        (entry,) = json.loads((folder / BACKENDS).read_text(encoding="utf-8"))
+        write(BACKENDS, [entry, *entries])(folder)
+
+    return change
+
+
 def remove(pattern: str) -> Change:
     return lambda folder: [path.unlink() for path in folder.glob(pattern)]
 
@@ -103,6 +117,16 @@ def cut(path: Path) -> None:
 
 def each(pattern: str, change: Callable[[Path], None]) -> Change:
     return lambda folder: [change(path) for path in folder.glob(pattern)]
+
+
+def filters(value: Any) -> Change:
+    """A text cache with this caption_filter_list, beside the one dataset."""
+
+    def change(folder: Path) -> None:
+        entries = json.loads((folder / BACKENDS).read_text(encoding="utf-8"))
+        write(BACKENDS, [*entries, {"id": "t", "dataset_type": "text_embeds", "caption_filter_list": value}])(folder)
+
+    return change
 
 
 # what → (change, flags, what must be said)
@@ -186,10 +210,62 @@ MISTAKES: dict[str, tuple[Change, str, tuple[str, ...]]] = {
     "all datasets disabled": (edit(BACKENDS, disabled=True), "", ("at least one dataset of pictures must be enabled",)),
     "datasets that are none": (write(BACKENDS, ["pictures"]), "", ("must be a list of datasets",)),
     "a dataset without id": (edit(BACKENDS, id=None), "", ("entry 1: id: must be set and is not",)),
-    "a dataset without folder": (edit(BACKENDS, instance_data_dir=None), "", ("instance_data_dir: must be set",)),
+    "a dataset without folder": (
+        edit(BACKENDS, instance_data_dir=None), "", ("d0: instance_data_dir: type local needs instance_data_dir",)
+    ),
     "two datasets of one id": (twice, "", (f"{BACKENDS}: d0: the id of a dataset must be unique",)),
-    "another kind of dataset": (edit(BACKENDS, dataset_type="video"), "", ("dataset_type", "image or text_embeds")),
-    "a bucket in the cloud": (edit(BACKENDS, type="aws"), "", ("type", "'aws' is not built yet", "use local")),
+    "another kind of dataset": (edit(BACKENDS, dataset_type="video"), "", ("dataset_type", "take frames out of")),
+    # pictures that are far away, and tables
+    "a bucket without a name": (edit(BACKENDS, type="aws"), "", ("type aws needs aws_bucket_name",)),
+    "a bucket that is called local": (
+        edit(BACKENDS, instance_data_dir=None, aws_bucket_name="b"), "", ('did you mean "type": "aws"?',)
+    ),
+    "half of the keys of a bucket": (
+        edit(BACKENDS, type="aws", aws_bucket_name="b", aws_access_key_id="A"), "", ("must be given together",)
+    ),
+    "a store without http": (
+        edit(BACKENDS, type="aws", aws_bucket_name="b", aws_endpoint_url="s3.example.com"), "",
+        ("aws_endpoint_url", "must be an address such as"),
+    ),
+    "web shards": (edit(BACKENDS, type="webshart"), "", ("'webshart' cannot be used here", "unpack them into a")),
+    "addresses without a table": (edit(BACKENDS, type="csv"), "", ("type csv needs csv_file",)),
+    "downloads without a folder": (
+        edit(BACKENDS, type="csv", csv_file="p.csv"), "",
+        ("type csv needs csv_cache_dir", "where the pictures are kept"),
+    ),
+    "a table that is not there": (
+        edit(BACKENDS, type="csv", csv_file="p.csv", csv_cache_dir="kept", caption_strategy="csv"), "",
+        ("dataset d0: p.csv: the table must exist and does not",),
+    ),
+    "a table without addresses": (
+        lambda folder: (write("p.csv", "adress,caption\n")(folder),
+                        edit(BACKENDS, type="csv", csv_file="p.csv", csv_cache_dir="kept")(folder)),
+        "--caption_strategy csv", ("p.csv: the table has no column url; it has adress, caption",),
+    ),
+    "captions of a table that is not named": (
+        edit(BACKENDS, caption_strategy="parquet"), "",
+        ("parquet needs the block parquet", '"path": "captions.parquet"'),
+    ),
+    "a table with a misspelt key": (
+        edit(BACKENDS, caption_strategy="parquet", parquet={"path": "t.csv", "captoin_column": "x"}), "",
+        ("parquet has no captoin_column; did you mean caption_column?",),
+    ),
+    "a table of captions without captions": (
+        lambda folder: (write("t.csv", "filename,text\n")(folder),
+                        edit(BACKENDS, caption_strategy="parquet", parquet={"path": "t.csv"})(folder)),
+        "", ("t.csv: the table has no column caption; it has filename, text",),
+    ),
+    "a strategy of another type": (
+        edit(BACKENDS, caption_strategy="huggingface"), "", ("type local takes filename, textfile",)
+    ),
+    "latents in a bucket": (
+        edit(BACKENDS, cache_dir_vae="s3://b/latents"), "", ("must be a folder of this machine; found the address",)
+    ),
+    "a hub dataset without a name": (edit(BACKENDS, type="huggingface"), "", ("type huggingface needs dataset_name",)),
+    "streaming": (
+        edit(BACKENDS, type="huggingface", dataset_name="o/n", huggingface={"streaming": True}), "",
+        ("streaming cannot be used: pictures are counted and hashed before training",),
+    ),
     "a config's key in a dataset": (edit(BACKENDS, learning_rate=1), "", ("is a setting of config.json",)),
     "a dataset's key in the config": (edit(repeats=1), "", ("is a setting of a dataset", "multidatabackend.json")),
     "megapixels as pixels": (edit(BACKENDS, resolution_type="pixel_area", resolution=1), "", ("resolution", "px")),
@@ -212,6 +288,39 @@ MISTAKES: dict[str, tuple[Change, str, tuple[str, ...]]] = {
     ),
     "captions that are no text": (put("pictures/p01.txt", b"\xff\xfe\xff"), "", ("p01.txt is not UTF-8 text",)),
     "an alignment that does not fit": (edit(aspect_bucket_alignment=12), "", ("multiple of the VAE's factor 8",)),
+    # roles and order
+    "masks that are named and not there": (edit(BACKENDS, conditioning_data="m"), "", ("conditioning_data", "'m'")),
+    "a text cache that is named and not there": (edit(BACKENDS, text_embeds="t"), "", ("text_embeds", "there is none")),
+    "two default text caches": (
+        also({"id": "a", "dataset_type": "text_embeds", "default": True},
+             {"id": "b", "dataset_type": "text_embeds", "default": True}), "",
+        ("one text cache at most can be the default; found a, b",),
+    ),
+    "no folder of masks": (also(MASKS, conditioning_data="m"), "", ("masks m:", "the folder does not exist")),
+    "a mask short": (
+        lambda folder: (shutil.copytree(folder / "pictures", folder / "masks"), remove("masks/p01.png")(folder),
+                        also(MASKS, conditioning_data="m")(folder)),
+        "", ("1 of 3 have none that can be used: p01.png: no p01", "white = counts"),
+    ),
+    "masks of a control net": (
+        also({**MASKS, "conditioning_type": "controlnet"}, conditioning_data="m"), "",
+        ("'controlnet' is not built yet", "use mask"),
+    ),
+    "held-out pictures alone": (edit(BACKENDS, dataset_type="eval"), "", ("at least one dataset of pictures must be",)),
+    "a probability of nothing": (edit(BACKENDS, probability=0), "", ("must have a probability above 0; found none",)),
+    "an end before the start": (edit(BACKENDS, start_step=9, end_step=3), "", ("end_step must not be below start",)),
+    "nobody starts": (edit(BACKENDS, start_epoch=2), "", ("at least one dataset must be shown from the start",)),
+    "everything ends too early": (
+        edit(BACKENDS, end_step=3), "--max_train_steps 9", ("after step 3", "goes on to max_train_steps 9", "end_step")
+    ),
+    "fading out": (edit(BACKENDS, disable_after_epoch_step=9), "", ("cannot be used", "use end_step")),
+    "small buckets refused": (
+        edit(BACKENDS, small_buckets="error", train_batch_size=4), "", ("must fill a batch of 4", "set repeats to 1")
+    ),
+    "small buckets alone, dropped": (
+        edit(BACKENDS, small_buckets="drop", train_batch_size=4), "",
+        ("every bucket is smaller than a batch of 4", "fill or merge"),
+    ),
     # the data
     "no data folder": (lambda folder: (folder / "pictures").rename(folder / "p"), "", ("dataset d0", "does not exist")),
     "an empty folder": (remove("pictures/*"), "", ("dataset d0", "no pictures (it is empty)", ".png")),
@@ -219,6 +328,33 @@ MISTAKES: dict[str, tuple[Change, str, tuple[str, ...]]] = {
     "no captions": (remove("pictures/*.txt"), "", ("3 pictures have none", "p00.txt", "missing_caption", "skip")),
     "one caption short": (remove("pictures/p01.txt"), "", ("1 picture has none", "p01.png")),
     "all pictures broken": (each("pictures/*.png", spoil), "", ("all 3 pictures are left out", "p02.png")),
+    # edits of captions, damaged files
+    "a shuffle that is none": (edit(BACKENDS, caption_shuffle="yes"), "", ("a caption shuffle is an object", "enable")),
+    "a shuffle neither on nor off": (edit(BACKENDS, caption_shuffle={"count": 3}), "", ("enable is not there",)),
+    "a shuffle with a typo": (
+        edit(BACKENDS, caption_shuffle={"enable": True, "split": "comma"}), "",
+        ("a caption shuffle has enable, count", "found 'split'"),
+    ),
+    "a shuffle at nothing": (
+        edit(BACKENDS, caption_shuffle={"enable": True, "split_on": ";"}), "", ("split_on must be comma or space",)
+    ),
+    "a shuffle of none": (edit(BACKENDS, caption_shuffle={"enable": True, "count": 0}), "", ("count must be a whole",)),
+    "a filter that is no expression": (filters(["s/[/x/"]), "", ("entry 1: is no regular expression", "'s/[/x/'")),
+    "filters cut short": (filters(["s/a", "s//x/", "s/a/b/q"]), "", (
+        "entry 1: a replacement is written", "entry 2: the pattern is empty", "entry 3: behind the last slash",
+    )),
+    "a file of filters that is not there": (filters("mine.txt"), "", ("the file of filters cannot be read: ",)),
+    "a file of filters of another kind": (filters("mine.csv"), "", ("or the path of a .txt or .json file",)),
+    "an object of filters": (
+        lambda folder: (write("mine.json", {"a": "b"})(folder), filters("mine.json")(folder)), "",
+        ("the file of filters must hold a JSON list",),
+    ),
+    "filters that leave nothing": (filters(["s/.*//"]), "", ("3 pictures have none", "caption_filter_list is applied")),
+    "a ground that is no colour": (edit(BACKENDS, alpha_ground="wite"), "", ("a colour is #rrggbb", "mean white?")),
+    "a broken picture in a strict run": (
+        each("pictures/p01.png", spoil), "--strict true", ("strict is on, and 1 picture would be left out: p01.png",)
+    ),
+    "deleting what is broken": (edit(delete_problematic_images=True), "", ("`sana_tune check --left-out --images`",)),
     # the model
     "no model": (edit(pretrained_model_name_or_path=""), "", ("pretrained_model_name_or_path: must be set",)),
     "no model folder": (nothing, "--pretrained_model_name_or_path ./sana", ("no folder ./sana", "relative paths")),

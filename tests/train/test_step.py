@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import optimi
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sana_tune.data.records import Role
+from sana_tune.model.sana import freeze
 from sana_tune.progress import Progress
-from sana_tune.train.step import Parts, clip, drawn, to_device, train_step
+from sana_tune.train.step import Parts, clip, drawn, micro_loss, to_device, train_step
 from tests.train.toys import ToyBatches, differences, make_parts, state_of, tiny_transformer
 
 
@@ -170,6 +174,80 @@ def test_the_loss_falls():
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
+# ---- masks ----
+
+
+def with_batch(index: int = 1, **changes: Any) -> list[Any]:
+    micro, batch = ToyBatches().micro_batch(0, index)
+    return [(micro, replace(batch, **changes))]
+
+
+def test_a_mask_leaves_out_what_it_does_not_mark():
+    """The loss is the mean over the marked places, so that it equals that of a picture which is nothing else."""
+    mask = torch.zeros(2, 1, 4, 4)
+    mask[0, :, :, :2], mask[1, :, 1, 3] = 1.0, 0.25
+    parts = make_parts()
+    loss = micro_loss(parts, with_batch(loss_mask=mask)[0][1], 0, 0)
+    _, batch = with_batch()[0]
+    sigma, noise = drawn(7, 0, 0, batch.latents.shape, 3.0)
+    level = sigma[:, None, None, None]
+    with torch.no_grad():
+        found = parts.bare((1 - level) * batch.latents + level * noise, batch.text, 1000 * sigma,
+                           encoder_attention_mask=batch.text_mask).sample  # fmt: skip
+    error = (found - (noise - batch.latents)) ** 2
+    expected = (error[0, :, :, :2].mean() + error[1, :, 1, 3].mean()) / 2
+    torch.testing.assert_close(loss.detach(), expected)
+
+
+def test_a_white_mask_is_none_and_a_black_one_teaches_nothing():
+    plain = train_step(make_parts(), with_batch(), Progress())
+    white = train_step(make_parts(), with_batch(loss_mask=torch.ones(2, 1, 4, 4)), Progress())
+    assert white.loss == pytest.approx(plain.loss, rel=1e-6) and white.grad_norm == pytest.approx(plain.grad_norm, 1e-5)
+    parts = make_parts()
+    black = train_step(parts, with_batch(loss_mask=torch.zeros(2, 1, 4, 4)), Progress())
+    assert (black.loss, black.grad_norm, black.skipped) == (0.0, 0.0, False)
+
+
+# ---- regularisation ----
+
+
+def test_losses_are_told_apart_by_role_and_together():
+    pairs = [*with_batch(1), *with_batch(2, role=Role.REGULARISE), *with_batch(4)]
+    plain = train_step(make_parts(), pairs, Progress())
+    assert plain.losses == {}, "nobody asks where there is no regularisation data"
+    result = train_step(make_parts(regularised=True), pairs, Progress())
+    assert (result.loss, result.grad_norm) == (plain.loss, plain.grad_norm)
+    alone = [micro_loss(make_parts(), batch, 0, micro.index % 3).item() for micro, batch in pairs]
+    assert result.losses["regularise"] == pytest.approx(alone[1], rel=1e-5)
+    assert result.losses["train"] == pytest.approx((alone[0] + alone[2]) / 2, rel=1e-5)
+    assert result.loss == pytest.approx(sum(alone) / 3, rel=1e-5)
+    assert set(train_step(make_parts(regularised=True), with_batch(), Progress()).losses) == {"train"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mixed_precision"),
+    [(torch.float32, "no"), (torch.float32, "bf16"), (torch.bfloat16, "no"), (torch.bfloat16, "bf16")],
+)
+def test_regularisation_teaches_what_the_base_model_predicts(dtype: torch.dtype, mixed_precision: str):
+    """Nothing as long as the two are equal, to the last bit whatever the precision; and then back towards it."""
+    base: Any = freeze(tiny_transformer(), dtype, autocast=mixed_precision == "bf16")
+    parts = make_parts(dtype=dtype, mixed_precision=mixed_precision, base=base, regularised=True, ema_decay=None)
+    regular = with_batch(role=Role.REGULARISE)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    first = train_step(parts, regular, Progress())
+    assert (first.loss, first.grad_norm, first.losses) == (0.0, 0.0, {"regularise": 0.0})
+    run(parts, ToyBatches(), 0, 5)
+    away = micro_loss(parts, regular[0][1], 9, 0).item()
+    assert away > 0 and train_step(parts, with_batch(), Progress()).loss > away, "pictures are taught as before"
+    for _ in range(20):
+        train_step(parts, regular, Progress(9))
+    assert micro_loss(parts, regular[0][1], 9, 0).item() < away
+    assert differences(before, dict(base.state_dict())) == [], "the base model stays what it is"
+    kept = {module.weight.dtype for module in base.modules() if isinstance(module, torch.nn.Linear)}
+    exact = dtype == torch.float32 and mixed_precision == "no"
+    assert kept == {torch.float32 if exact else torch.bfloat16}
+
+
 class HostReads(TorchDispatchMode):
     """Counts the operators that read a floating-point tensor on the host one by one."""
 
@@ -185,7 +263,7 @@ class HostReads(TorchDispatchMode):
 
 
 def test_the_device_is_not_read_but_for_the_one_list():
-    parts = make_parts()
+    parts = make_parts(regularised=True)
     micro_batches = next(ToyBatches(2).steps(0, 1))
     with HostReads() as reads:
         train_step(parts, micro_batches, Progress())

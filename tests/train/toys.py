@@ -49,6 +49,9 @@ class Course:
     save_every: Every = Every(0)
     validate_every: Every = Every(0)
 
+    def epoch_after(self, step: int) -> float:
+        return step / self.steps_per_epoch
+
 
 class ToyBatches:
     """Two datasets of different size take turns; every tensor follows from the micro-batch's number.
@@ -96,6 +99,8 @@ def make_parts(
     max_grad_norm: float = 0.1,
     clip_method: Any = "norm",
     transformer: SanaTransformer2DModel | None = None,
+    base: SanaTransformer2DModel | None = None,
+    regularised: bool = False,
 ) -> Parts:
     """Parts as run.py builds them, on the CPU."""
     model = transformer if transformer is not None else tiny_transformer()
@@ -112,6 +117,8 @@ def make_parts(
         seed=seed,
         max_grad_norm=max_grad_norm,
         clip_method=clip_method,
+        base=base,
+        regularised=regularised,
     )
 
 

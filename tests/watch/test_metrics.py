@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from sana_tune.progress import Progress
@@ -87,3 +88,9 @@ def test_the_last_lines_are_read_from_the_end_alone(tmp_path: Path):
     with open(path, "ab") as file:
         file.write(b'{"step": 4001, "lo')
     assert [line["step"] for line in last_lines(path, 2)] == [3999, 4000]
+
+
+def test_losses_by_role_stand_beside_the_loss():
+    both = line_of(replace(stepped(1), losses={"train": 0.75, "regularise": math.nan}))
+    assert (both["loss"], both["loss_train"], both["loss_regularisation"]) == (0.5, 0.75, None)
+    assert "loss_regularisation" not in line_of(replace(stepped(1), losses={"train": 0.75}))

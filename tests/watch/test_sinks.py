@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,24 @@ def test_lines_of_a_cache_and_of_a_skipped_step(lines: io.StringIO):
     assert text[10] == "warning: step 7 was skipped: its loss or gradient norm is not finite"
 
 
+def test_a_cache_tells_its_speed_and_what_is_left_each_time_it_is_filled(lines: io.StringIO):
+    now = Clock()
+    sink = LinesSink(every_s=1.0, now=now)
+    for _ in range(2):
+        for done in (0, 10, 20, 40):
+            sink.emit(CacheProgress("latents of cats", done, 40, finished=done == 40))
+            now.now_s += 2.0
+    sink.emit(CacheProgress("text", 0, 8))
+    now.now_s += 1
+    sink.emit(CacheProgress("text", 8, 8, finished=True))
+    filling = [
+        "Caching latents of cats: 10 of 40 (25 %)  5.0 images/s  left 0:06",
+        "Caching latents of cats: 20 of 40 (50 %)  5.0 images/s  left 0:04",
+        "Caching latents of cats: 40 of 40 (100 %)  6.7 images/s",
+    ]
+    assert lines.getvalue().splitlines() == [*filling, *filling, "Caching captions: 8 of 8 (100 %)  8.0 captions/s"]
+
+
 def test_failed_pictures_are_a_warning(lines: io.StringIO):
     LinesSink().emit(Validated(Progress(3), (), ("a.png: RuntimeError: out of memory",)))
     assert lines.getvalue().startswith("warning: Drew 0 pictures at step 3")
@@ -184,3 +203,19 @@ def test_screen_chooses_by_terminal():
 def test_an_empty_validation_says_nothing(lines: io.StringIO):
     LinesSink().emit(Validated(Progress(3), ()))
     assert lines.getvalue() == ""
+
+
+def test_regularisation_datas_loss_is_shown_apart():
+    meter = Meter()
+    meter.add(replace(stepped(1, loss=3.0), losses={"train": 1.0, "regularise": 5.0}))
+    meter.add(replace(stepped(2, loss=4.0), losses={"regularise": 4.0}))
+    meter.add(replace(stepped(3, loss=2.0), losses={"train": 2.0}))
+    assert (meter.loss, meter.regularisation) == (1.5, 4.5)
+    assert meter.numbers.startswith("loss 1.5000  regularisation 4.5000  lr")
+    plain = Meter()
+    plain.add(stepped(1))
+    assert plain.regularisation is None and "regularisation" not in plain.numbers
+
+
+def test_the_epochs_of_a_schedule_are_told_as_they_are():
+    assert message_of(Started(Progress(), 20, 10.0, None, 3.5)) == "Training: starting, to step 20 (3.5 epochs)"
