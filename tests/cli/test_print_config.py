@@ -32,7 +32,11 @@ def test_every_setting_is_shown_with_its_origin(
     assert row("seed") == ["seed = 5 # command line: seed"]
     assert row("learning_rate") == ["learning_rate = 0.0001 # config.json: learning_rate ({env:RATE})"]
     assert row("validation_resolution") == ["validation_resolution = 64x32,96x96 # command line: validation_resolution"]
-    assert row("revision") == ["revision = ••• # config.json: revision ({env:HF_TOKEN})"]
+    of_model, of_dataset = row("revision")
+    assert (
+        of_model == "revision = ••• # config.json: revision ({env:HF_TOKEN})"
+        and of_dataset == "revision = unset # default"
+    )
     assert row("train_batch_size") == ["train_batch_size = 2 # config.json: train_batch_size"] * 2, "and the dataset's"
     assert row("instance_data_dir")[0].endswith("# multidatabackend.json: pictures: instance_data_dir")
     assert not any("hf_abc" in line for line in lines)

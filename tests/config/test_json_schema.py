@@ -103,7 +103,7 @@ GOOD: dict[str, dict[str, Any]] = {
         "trust_remote_code": True,
         "num_processes": 1,
     },
-    "off": {"lora_rank": 16, "flow_sigmoid_scale": "1.0", "delete_unwanted_images": "false", "caption_shuffle": {}},
+    "off": {"lora_rank": 16, "flow_sigmoid_scale": "1.0", "delete_unwanted_images": "false"},
     "nothing": {"seed": None, "revision": "", "use_ema": ""},
 }
 

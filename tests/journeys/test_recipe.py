@@ -157,7 +157,8 @@ def trained_on(path: Path, factor: int) -> np.ndarray:
 
 def course_of(trial: Trial) -> list[list[tuple[str, ...]]]:
     """Which pictures (dataset/file) come in each micro-batch of each step."""
-    batches = batches_of(trial.prepared, open_caches(trial.prepared))
+    caches = open_caches(trial.prepared)
+    batches = batches_of(trial.prepared, caches, caches)
     return [[batch.ids for _, batch in batches.load(step)] for step in range(trial.asked.steps)]
 
 
