@@ -47,6 +47,7 @@ from sana_tune.prepare import (
     keys_of,
     needed_captions,
     no_room,
+    on_disk,
     prompts_wanted,
     resumed,
     run_plan,
@@ -274,19 +275,15 @@ def _plain(value: Any) -> Any:
 
 def _model(config: Config, found: _Findings) -> tuple[Model | None, ModelFacts]:
     """The model and its facts. None, and the 1.6B model's facts to go on with, when something is wrong with it."""
-    name, settings, dtype = config.model.pretrained_model_name_or_path, config.model, weights_dtype(config)
-    problems = len(found.problems)
-    folder = gather(
-        found.problems,
-        lambda: fetch.on_disk(name, revision=settings.revision, variant=settings.variant, dtype=dtype),
-    )
+    name, problems = config.model.pretrained_model_name_or_path, len(found.problems)
+    folder = gather(found.problems, lambda: on_disk(config))
     if len(found.problems) > problems:
         return None, known(name) or assumed(name)
     if folder is not None:
         facts = gather(found.problems, lambda: from_folder(folder, name))
         return (None, assumed(name)) if facts is None else (_known_model(facts, folder, 0), facts)
     facts = known(name) or assumed(name)
-    bytes_ = sum(estimated_bytes(facts, dtype).values())
+    bytes_ = sum(estimated_bytes(facts, weights_dtype(config)).values())
     guess = fetch.likely_meant(name)
     hint = f"; did you mean {guess}?" if guess else ""
     found.notes.append(f"{name} is not on this machine: about {human_bytes(bytes_)} will be downloaded{hint}")
@@ -483,8 +480,7 @@ def _plan(
     keys = _keys(loaded.config, folder, output)
     buckets = make_buckets(surveyed.records, loaded.datasets)
     caches = cache_needs(loaded, output, facts, surveyed, prompts, keys)
-    step = checkpoint.progress().step if checkpoint else 0
-    return run_plan(loaded, output, facts, folder, buckets, caches, step, (), device)
+    return run_plan(loaded, output, facts, folder, buckets, caches, checkpoint, (), device)
 
 
 def _keys(config: Config, folder: Path | None, output: Output) -> Keys | None:

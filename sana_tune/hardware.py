@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sana_tune.errors import Problem
+
 MIB = 2**20
 TIMEOUT_S = 5.0
 _QUERY = ["nvidia-smi", "--query-gpu=uuid,name,memory.total,memory.free", "--format=csv,noheader,nounits"]
@@ -27,6 +29,11 @@ class Device:
     total_bytes: int
     free_bytes: int
     kind: str = "cuda"
+
+
+def no_fp16_on_cpu() -> Problem:
+    """What is wrong with fp16 where there is no GPU."""
+    return Problem("mixed_precision", "fp16 needs a GPU; the run is on a CPU", "use mixed_precision no")
 
 
 def device_for(wanted: str) -> Device | None:

@@ -20,10 +20,9 @@ from sana_tune.data.records import DECODING, Keys, Record
 from sana_tune.data.shards import Damage
 from sana_tune.data.sources import CAPTION_ENDING
 from sana_tune.errors import Problem, UserError
-from sana_tune.model import fetch
 from sana_tune.output import Output
 from sana_tune.plan import human_bytes
-from sana_tune.prepare import Prepared, prepare, text_mode, vae_mode, weights_dtype
+from sana_tune.prepare import Prepared, on_disk, prepare, text_mode, vae_mode
 
 _DATASETS_SHOWN = 10
 
@@ -49,9 +48,8 @@ def shelves(loaded: Loaded, output: Output) -> tuple[Shelf, ...]:
 
 def surveyed(loaded: Loaded) -> Prepared:
     """The run as `train` would begin it: its pictures hashed, its keys known. UserError where the model is not here."""
-    model = loaded.config.model
-    name, dtype = model.pretrained_model_name_or_path, weights_dtype(loaded.config)
-    if fetch.on_disk(name, revision=model.revision, variant=model.variant, dtype=dtype) is None:
+    if on_disk(loaded.config) is None:
+        name = loaded.config.model.pretrained_model_name_or_path
         what = "this model is not on this machine, and the hashes of its files are part of every key of a cache"
         raise UserError(Problem(name, what, "`sana_tune cache warm` downloads it and fills the caches"))
     return prepare(loaded, Output(Path(loaded.config.train.output_dir)))

@@ -11,18 +11,25 @@ from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
 
+from sana_tune.config.optimizers import OPTIMIZER_FACTS, keeps_bf16, saved_bytes, state_bytes
 from sana_tune.config.schema import Config, section_of
+from sana_tune.config.values import optimizer_options
 from sana_tune.errors import Problem, UserError
 from sana_tune.hardware import Device
-from sana_tune.model.facts import ModelFacts
+from sana_tune.model.facts import ModelFacts, recomputed_blocks
 
 GIB = 2**30
-# Activations of one picture of 1024 px in bf16, the 1.6B model (width 2240, 20 layers, 1024 latent positions).
-ACTIVATIONS_BYTES = 3.7 * GIB  # nothing recomputed
+# Activations of one picture of 1024 px in bf16, the 1.6B model (width 2240, 20 layers, 1024 latent positions, 300 text
+# tokens), counted tensor by tensor as autograd keeps them with our attention and feed-forward (diffusers': 3.66 GiB).
+ACTIVATIONS_BYTES = 2.86 * GIB  # nothing recomputed
 KEPT_BYTES = 0.11 * GIB  # every block recomputed: what stays besides the one block that is live
+# A selectively recomputed block keeps besides its input 13 times the width of every position: q, k, v and output of the
+# linear attention, q, mixture and output of the cross-attention, 5 + 1 of the feed-forward. In bf16, beside fp32
+# weights too, where autocast makes them.
+SELECTIVE_WIDTHS = 13
 # The same beside fp32 weights, counted tensor by tensor: what passes from block to block is fp32 then, so that twice
-# is kept of it, and of all activations 1.15 times as much (4.23 GiB); without bf16 it is about twice.
-_AUTOCAST, _FP32, _FP32_KEPT = 1.15, 2.0, 2.0
+# is kept of it, and of all activations 1.2 times as much (3.43 GiB); without bf16 it is twice.
+_AUTOCAST, _FP32, _FP32_KEPT = 1.2, 2.0, 2.0
 _MEASURED = 1024 * 2240 * 20  # positions × width × layers of that measurement
 # The CUDA context, the libraries' workspaces and what the allocator cannot use: about this much on any GPU.
 OVERHEAD_BYTES = 1_000_000_000
@@ -91,13 +98,15 @@ class Way:
 class MemoryPlan:
     """What a run takes, and what there is.
 
-    device: None when it is not known. ways: changes that would make training fit; () while it fits.
+    device: None when it is not known. ways: changes that would make training fit; () while it fits. host_bytes: main
+    memory that training takes beside a GPU's.
     """
 
     need: MemoryNeed
     caching: CachingNeed
     device: Device | None = None
     ways: tuple[Way, ...] = ()
+    host_bytes: int = 0
 
     @property
     def fits(self) -> bool:
@@ -131,35 +140,47 @@ def plan_memory(
 
     resident_bytes: of encoders beside training.
     """
-    need = replace(memory_needed(config, facts, loads, precision=precision), resident_bytes=resident_bytes)
-    plan = MemoryPlan(need, caching, device)
+    on_cpu = device is not None and device.kind == "cpu"
+    need = memory_needed(config, facts, loads, precision=precision, on_cpu=on_cpu)
+    need = replace(need, resident_bytes=resident_bytes)
+    plan = MemoryPlan(need, caching, device, host_bytes=0 if on_cpu else host_needed(config, facts, need))
     if device is None or plan.fits:
         return plan
     room = device.total_bytes - resident_bytes
-    found = ways_to_fit(config, facts, loads, room, precision=precision) if room > 0 else ()
+    found = ways_to_fit(config, facts, loads, room, precision=precision, on_cpu=on_cpu) if room > 0 else ()
     ways = tuple(replace(way, total_bytes=way.total_bytes + resident_bytes) for way in found)
     return replace(plan, ways=ways)
 
 
+def host_needed(config: Config, facts: ModelFacts, need: MemoryNeed) -> int:
+    """Main memory beside a GPU's: an average that is kept there, and the copies of the weights it is made from."""
+    return need.weights_bytes + 4 * facts.parameters if config.ema.use_ema and config.ema.is_on_cpu else 0
+
+
 def memory_needed(
-    config: Config, facts: ModelFacts, loads: Sequence[Load], *, precision: str | None = None
+    config: Config,
+    facts: ModelFacts,
+    loads: Sequence[Load],
+    *,
+    precision: str | None = None,
+    on_cpu: bool = False,
 ) -> MemoryNeed:
     """What training takes; the largest of the loads decides. regularisation_target base is taken at its word.
 
     precision: "bf16" or "no" where the run computes otherwise than mixed_precision says (a CPU, unasked: "no").
+    on_cpu: the device's memory is main memory.
     """
     bf16_weights = config.model.weights_dtype == "bf16"
-    autocast = (precision or config.model.mixed_precision) == "bf16" and not bf16_weights
+    autocast = (precision or config.model.mixed_precision) != "no" and not bf16_weights
     each = 2 if bf16_weights else 4
-    kahan = bf16_weights and config.optimizer.optimizer.startswith("optimi")
     parameters = facts.parameters
     whole, kept = (1.0, 1.0) if bf16_weights else (_AUTOCAST if autocast else _FP32, _FP32_KEPT)
     pictures = max((_positions(load, facts) * load.batch_size for load in loads), default=0)
     return MemoryNeed(
         weights_bytes=each * parameters,
-        gradients_bytes=each * parameters,
-        optimizer_bytes=(2 + kahan) * each * parameters,
-        ema_bytes=4 * parameters if config.ema.use_ema else 0,
+        gradients_bytes=_gradients_bytes(config, facts, each),
+        optimizer_bytes=round(_state_bytes(config, on_cpu) * parameters) + _rounding_bytes(config, facts),
+        ema_bytes=_ema_bytes(config, on_cpu, each) * parameters,
         copies_bytes=2 * parameters if autocast else 0,
         activations_bytes=round(pictures * _bytes_per_position(config, facts, whole, kept)),
         overhead_bytes=OVERHEAD_BYTES,
@@ -167,11 +188,90 @@ def memory_needed(
     )
 
 
+def largest_layer(facts: ModelFacts) -> int:
+    """Parameters of the largest weight: the first convolution of a block's feed-forward, width → 2 × 2.5 × width."""
+    return 5 * facts.width**2
+
+
+def _gradients_bytes(config: Config, facts: ModelFacts, each: int) -> int:
+    """Gradients of all weights; where they are released, of two at a time: one arrives while one is used."""
+    if config.optimizer.optimizer_release_gradients:
+        return each * min(facts.parameters, 2 * largest_layer(facts))
+    return each * facts.parameters
+
+
+def _state_bytes(config: Config, on_cpu: bool) -> float:
+    """Bytes of optimizer state for each parameter on the device. On a CPU nothing is paged out of it."""
+    wanted, dtype = config.optimizer, "bf16" if config.model.weights_dtype == "bf16" else "fp32"
+    of = saved_bytes if on_cpu else state_bytes
+    return of(wanted.optimizer, optimizer_options(wanted.optimizer_config), dtype)
+
+
+def _rounding_bytes(config: Config, facts: ModelFacts) -> int:
+    """What stochastic rounding holds of one weight: it, its gradient, the random bits and the rounded, 4 bytes each."""
+    rounded = config.model.weights_dtype == "bf16" and OPTIMIZER_FACTS[config.optimizer.optimizer].keeps != "kahan"
+    return 16 * largest_layer(facts) if rounded else 0
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The dtype of the trained weights, "fp32" or "bf16", and why."""
+
+    dtype: str
+    why: str
+
+
+def decide_weights(
+    config: Config,
+    facts: ModelFacts,
+    loads: Sequence[Load],
+    device: Device | None,
+    *,
+    precision: str | None = None,
+    held: str | None = None,
+    resident_bytes: int = 0,
+) -> Weights:
+    """What `weights_dtype` comes to: auto takes fp32 masters where they fit, else bf16 where that is sound.
+
+    held: dtype of the weights in the checkpoint that the run goes on from; auto follows it. resident_bytes: of encoders
+    beside training.
+    """
+    asked, wanted = config.model.weights_dtype, config.optimizer
+    if asked != "auto":
+        return Weights(asked, "as asked")
+    if held is not None:
+        return Weights(held, "as in the checkpoint")
+    if device is None:
+        return Weights("fp32", "the device's memory is not known")
+    if device.kind == "cpu" or (precision or config.model.mixed_precision) != "bf16":
+        return Weights("fp32", "nothing is computed in bf16")
+    in_fp32 = memory_needed(changed(config, {"weights_dtype": "fp32"}), facts, loads, precision=precision)
+    need = in_fp32.total_bytes + resident_bytes
+    takes = f"about {need / 1e9:.1f} GB with fp32 weights, and {device.name} has {device.total_bytes / 1e9:.1f} GB"
+    if need <= device.total_bytes:
+        return Weights("fp32", f"they fit: {takes}")
+    if not keeps_bf16(wanted.optimizer, optimizer_options(wanted.optimizer_config)):
+        return Weights("fp32", f"without Kahan summation bf16 weights would not move; it takes {takes}")
+    keeper = OPTIMIZER_FACTS[wanted.optimizer].keeps.replace("kahan", "Kahan summation")
+    return Weights("bf16", f"it takes {takes}; {keeper} keeps what rounding loses")
+
+
+def _ema_bytes(config: Config, on_cpu: bool, each: int) -> int:
+    """Bytes of the average for each parameter on the device. each: those of a weight."""
+    if not config.ema.use_ema:
+        return 0
+    if config.ema.is_on_cpu:
+        return 4 + each if on_cpu else 0  # with the copies that it is made from
+    return 4
+
+
 def checkpointed_share(config: Config, layers: int) -> float:
-    """Share of the blocks that are recomputed in the backward pass: blocks 0, n, 2n … of them."""
-    if not config.model.gradient_checkpointing:
+    """Share of the blocks that are recomputed in the backward pass: blocks 0, n, 2n … or by the stride."""
+    model = config.model
+    if not model.gradient_checkpointing:
         return 0.0
-    return -(-layers // config.model.gradient_checkpointing_interval) / layers
+    interval, stride = model.gradient_checkpointing_interval, model.gradient_checkpointing_segment_stride
+    return sum(recomputed_blocks(layers, interval, stride)) / layers
 
 
 def _positions(load: Load, facts: ModelFacts) -> int:
@@ -186,6 +286,9 @@ def _bytes_per_position(config: Config, facts: ModelFacts, whole: float, kept: f
     size = facts.width * facts.layers / _MEASURED
     everything = whole * ACTIVATIONS_BYTES * size
     recomputed = kept * KEPT_BYTES * size + everything / facts.layers  # and one block that is live
+    if config.model.gradient_checkpointing_backend == "selective":
+        each = 4 if whole == _FP32 else 2
+        recomputed = min(everything, recomputed + each * SELECTIVE_WIDTHS * facts.width * facts.layers)
     return everything + checkpointed_share(config, facts.layers) * (recomputed - everything)
 
 
@@ -225,13 +328,14 @@ def ways_to_fit(
     device_bytes: int,
     *,
     precision: str | None = None,
+    on_cpu: bool = False,
 ) -> tuple[Way, ...]:
     """Changes that make training fit into so many bytes, what costs least first; () when nothing does.
 
-    What is computed stays the same with blocks recomputed and with smaller batches accumulated; precision and the
-    EMA come after them. A way that only adds a change to another one is left out.
+    What is computed stays the same with blocks recomputed, with smaller batches accumulated and with the EMA in main
+    memory; precision and giving up the EMA come after them. A way that only adds a change to another one is left out.
     """
-    levers = _levers(config, facts, max((load.batch_size for load in loads), default=1), precision)
+    levers = _levers(config, facts, max((load.batch_size for load in loads), default=1), precision, on_cpu)
     sets = [chosen for count in range(len(levers) + 1) for chosen in combinations(range(len(levers)), count)]
     sets.sort(key=lambda chosen: sum(levers[place].harm for place in chosen))
     found: list[tuple[frozenset[int], Way]] = []
@@ -239,14 +343,16 @@ def ways_to_fit(
         if any(known <= set(chosen) for known, _ in found):
             continue
         for changes in _combined([levers[place].variants for place in chosen]):
-            total = _total(config, facts, loads, changes, precision)
+            if changes.get("optimizer_release_gradients") and changes.get("gradient_accumulation_steps", 1) > 1:
+                continue
+            total = _total(config, facts, loads, changes, precision, on_cpu)
             if total <= device_bytes:
                 found.append((frozenset(chosen), Way(changes, total)))
                 break
     return tuple(way for _, way in found)
 
 
-def _levers(config: Config, facts: ModelFacts, batch: int, precision: str | None) -> list[_Lever]:
+def _levers(config: Config, facts: ModelFacts, batch: int, precision: str | None, on_cpu: bool) -> list[_Lever]:
     """What can be changed from these settings."""
     model, accumulation = config.model, config.train.gradient_accumulation_steps
     now = model.gradient_checkpointing_interval if model.gradient_checkpointing else facts.layers + 1
@@ -264,13 +370,37 @@ def _levers(config: Config, facts: ModelFacts, batch: int, precision: str | None
     if model.mixed_precision == "no" and on_gpu:
         levers.append(_Lever(4, ({"mixed_precision": "bf16"},)))
     if model.weights_dtype != "bf16" and on_gpu:
-        kahan = {} if config.optimizer.optimizer == "optimi-adamw" else {"optimizer": "optimi-adamw"}
-        levers.append(_Lever(8, ({"weights_dtype": "bf16", **kahan},)))
+        levers.append(_Lever(8, _bf16_variants(config)))
+    if on_gpu:
+        levers += _optimizer_levers(config)
     if config.ema.use_ema:
+        if not config.ema.is_on_cpu and not on_cpu:
+            levers.append(_Lever(3, ({"ema_device": "cpu"},)))
         levers.append(_Lever(16, ({"use_ema": False},)))
     if config.train.regularisation_target == "base":
         levers.append(_Lever(32, ({"regularisation_target": "data"},)))
     return [lever for lever in levers if lever.variants]
+
+
+def _bf16_variants(config: Config) -> tuple[dict[str, Any], ...]:
+    """bf16 weights with the optimizer that is there, where it keeps what rounding loses; with Kahan's AdamW."""
+    wanted = config.optimizer
+    kahan = {"weights_dtype": "bf16", "optimizer": "optimi-adamw"}
+    if not keeps_bf16(wanted.optimizer, optimizer_options(wanted.optimizer_config)):
+        return ({"weights_dtype": "bf16", "optimizer_config": None},)
+    return ({"weights_dtype": "bf16"},) if wanted.optimizer == "optimi-adamw" else ({"weights_dtype": "bf16"}, kahan)
+
+
+def _optimizer_levers(config: Config) -> list[_Lever]:
+    """Gradients released, which costs a second pass where the norm is clipped; states of 8 bits."""
+    levers, wanted = [], config.optimizer
+    alone = config.train.gradient_accumulation_steps == 1 and config.model.mixed_precision != "fp16"
+    if alone and not wanted.optimizer_release_gradients:
+        levers.append(_Lever(10, ({"optimizer_release_gradients": True},)))
+    if _state_bytes(config, on_cpu=False) > 2.5:
+        none = {"optimizer_config": None} if wanted.optimizer_config else {}
+        levers.append(_Lever(12, ({"optimizer": "bnb-adamw8bit", **none},)))
+    return levers
 
 
 def _combined(variants: Sequence[tuple[dict[str, Any], ...]]) -> Iterator[dict[str, Any]]:
@@ -284,13 +414,18 @@ def _combined(variants: Sequence[tuple[dict[str, Any], ...]]) -> Iterator[dict[s
 
 
 def _total(
-    config: Config, facts: ModelFacts, loads: Sequence[Load], changes: Mapping[str, Any], precision: str | None
+    config: Config,
+    facts: ModelFacts,
+    loads: Sequence[Load],
+    changes: Mapping[str, Any],
+    precision: str | None,
+    on_cpu: bool,
 ) -> int:
     largest = changes.get("train_batch_size")
     if largest is not None:
         loads = [Load(load.width_px, load.height_px, min(load.batch_size, largest)) for load in loads]
     precision = changes.get("mixed_precision", precision)
-    return memory_needed(changed(config, changes), facts, loads, precision=precision).total_bytes
+    return memory_needed(changed(config, changes), facts, loads, precision=precision, on_cpu=on_cpu).total_bytes
 
 
 def changed(config: Config, changes: Mapping[str, Any]) -> Config:
@@ -313,7 +448,8 @@ def recommend(
     """Settings that fit a device with a little to spare: as exact as possible, then as fast as possible.
 
     fp32 masters before bf16 weights with Kahan summation, the EMA as wished for as long as anything fits with it,
-    a large batch before blocks that are not recomputed. on_cpu: device_bytes is main memory, nothing is cast.
+    a large batch before blocks that are not recomputed; last of all, for small cards, gradients that are released and
+    states of 8 bits. on_cpu: device_bytes is main memory, nothing is cast.
     Raises UserError when nothing fits, with the smallest need.
     """
     room = device_bytes * (1 - SPARE)
@@ -350,6 +486,32 @@ def _candidates(facts: ModelFacts, use_ema: bool, on_cpu: bool) -> Iterator[dict
                         "optimizer": "optimi-adamw",
                         "use_ema": average,
                     }
+    if not on_cpu:
+        yield from _frugal(facts)
+
+
+# What small cards change, the least harm first: gradients released (a second pass, since the norm is clipped), states
+# of 8 bits, both. Released gradients cannot be accumulated.
+_FRUGAL: tuple[dict[str, Any], ...] = (
+    {"gradient_accumulation_steps": 1, "optimizer_release_gradients": True, "optimizer": "optimi-adamw"},
+    {"gradient_accumulation_steps": TARGET_BATCH, "optimizer": "bnb-adamw8bit"},
+    {"gradient_accumulation_steps": 1, "optimizer_release_gradients": True, "optimizer": "bnb-adamw8bit"},
+)
+
+
+def _frugal(facts: ModelFacts) -> Iterator[dict[str, Any]]:
+    """Settings for cards on which nothing else fits."""
+    for changes in _FRUGAL:
+        for interval in (n for n in (4, 3, 2, 1) if n <= facts.layers):
+            yield {
+                "train_batch_size": 1,
+                "gradient_checkpointing": True,
+                "gradient_checkpointing_interval": interval,
+                "weights_dtype": "bf16",
+                "mixed_precision": "bf16",
+                "use_ema": False,
+                **changes,
+            }
 
 
 def _need_of(settings: Mapping[str, Any], facts: ModelFacts, load: Load) -> MemoryNeed:

@@ -12,7 +12,10 @@ from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal
 
+from sana_tune.config.optimizers import saved_bytes
+from sana_tune.config.rules import distribution_of
 from sana_tune.config.schema import Config
+from sana_tune.config.values import optimizer_options
 from sana_tune.data.buckets import Bucket, trained
 from sana_tune.data.geometry import Size
 from sana_tune.data.order import names_of
@@ -20,10 +23,12 @@ from sana_tune.data.records import Role
 from sana_tune.data.survey import DatasetLedger, Ledger
 from sana_tune.data.timeline import Timeline, Window
 from sana_tune.errors import Problem, UserError
-from sana_tune.memory import Load, MemoryPlan, checkpointed_share
+from sana_tune.memory import Load, MemoryPlan, Weights, checkpointed_share
 from sana_tune.model.facts import ModelFacts
+from sana_tune.model.levels import Levels, picture
 from sana_tune.model.shift import shift_for
 from sana_tune.progress import Every
+from sana_tune.schedule import Schedule, schedule_of
 
 LEFT_OUT_SHOWN = 5
 TEXT_TOKENS_GUESS = 60  # a caption's tokens before it was ever counted; only for the disk estimate
@@ -156,6 +161,9 @@ class Plan:
     memory: MemoryPlan | None = None
     pace: Mapping[str, Any] = field(default_factory=dict)
     step_s: float | None = None
+    levels: Levels = field(default_factory=Levels)
+    schedule: Schedule = field(default_factory=lambda: Schedule("constant", 1.0, 1))
+    weights: Weights = field(default_factory=lambda: Weights("fp32", ""))
     datasets: tuple[DatasetPlan, ...] = ()
     held_out: tuple[BucketPlan, ...] = ()
     epochs_shown: tuple[EpochsPlan, ...] = ()
@@ -241,8 +249,25 @@ def base_shift(config: Config, facts: ModelFacts) -> float:
     return facts.flow_shift if auto or asked is None else asked
 
 
+def levels_of(config: Config) -> Levels:
+    """The distribution that noise levels are drawn from."""
+    flow, scale = config.flow, config.flow.flow_sigmoid_scale
+    return Levels(
+        kind=distribution_of(config),
+        mean=flow.flow_logit_mean * scale,
+        std=flow.flow_logit_std * scale,
+        alpha=flow.flow_beta_schedule_alpha,
+        beta=flow.flow_beta_schedule_beta,
+        mode_scale=flow.flow_mode_scale,
+        table=flow.flow_custom_timesteps or (),
+        stratified=flow.flow_stratified,
+    )
+
+
 def flow_shift_of(config: Config, facts: ModelFacts, size: Size) -> float:
-    """Flow shift of a bucket: the run's, grown with the tokens when auto shift is on."""
+    """Flow shift of a bucket: the run's, grown with the tokens when auto shift is on; 1 for levels that none moves."""
+    if not levels_of(config).is_shifted:
+        return 1.0
     tokens = (size.width // facts.vae_factor) * (size.height // facts.vae_factor)
     auto = config.flow.flow_schedule_auto_shift
     return shift_for(base_shift(config, facts), tokens, facts.native_tokens, facts.scheduler, auto=auto)
@@ -260,6 +285,7 @@ def make_plan(
     notes: Sequence[str] = (),
     memory: MemoryPlan | None = None,
     precision: str | None = None,
+    weights: Weights | None = None,
     ranks: int = 1,
     datasets: Sequence[DatasetPlan] = (),
     timeline: Timeline | None = None,
@@ -273,10 +299,9 @@ def make_plan(
     which the exported pipeline holds a copy of. precision: as the run computes, where that is not mixed_precision.
     """
     all_buckets, buckets = buckets, trained(buckets)
-    per_epoch = sum(bucket.micro_batches for bucket in buckets)
+    all_micro_batches = sum(bucket.micro_batches for bucket in buckets)
+    per_epoch = all_micro_batches if timeline is None else timeline.stretches[0].epoch_length
     per_step = config.train.gradient_accumulation_steps * ranks
-    if timeline is not None:
-        per_epoch = timeline.stretches[0].epoch_length
     steps = total_steps(config, per_epoch, per_step, timeline)
     plans = [_bucket_plan(bucket, flow_shift_of(config, facts, bucket.size)) for bucket in all_buckets]
     bucket_plans = tuple(plan for plan in plans if plan.role != Role.EVAL.value)
@@ -300,11 +325,20 @@ def make_plan(
         notes=tuple(dict.fromkeys((*notes, *_notes(config, facts)))),
         memory=memory,
         pace=pace_of(config, facts, buckets, per_step, memory, precision, learns_from_base=learns_from_base),
+        levels=levels_of(config),
+        schedule=schedule_of(config, steps, _mean_batch(buckets) * per_step),
+        weights=weights or Weights("bf16" if config.model.weights_dtype == "bf16" else "fp32", ""),
         datasets=tuple(datasets),
         held_out=tuple(plan for plan in plans if plan.role == Role.EVAL.value),
         epochs_shown=_epochs_shown(buckets, timeline, steps, per_step),
         timeline=timeline,
     )
+
+
+def _mean_batch(buckets: Sequence[Bucket]) -> float:
+    """Pictures in a micro-batch, over an epoch in which all buckets are shown."""
+    pictures = sum(bucket.micro_batches * bucket.batch_size for bucket in buckets)
+    return pictures / max(1, sum(bucket.micro_batches for bucket in buckets))
 
 
 def _images_seen(buckets: Sequence[Bucket], micro_batches: int, timeline: Timeline | None) -> int:
@@ -362,12 +396,23 @@ def pace_of(
         "precision": precision or config.model.mixed_precision,
         "weights_dtype": config.model.weights_dtype,
         "optimizer": config.optimizer.optimizer,
+        "optimizer_release_gradients": _passes(config),
         "use_ema": config.ema.use_ema,
+        "ema": [config.ema.is_on_cpu, config.ema.ema_update_interval] if config.ema.use_ema else None,
         "checkpointed_share": checkpointed_share(config, facts.layers),
+        "gradient_checkpointing_backend": config.model.gradient_checkpointing_backend,
+        "dynamo_backend": config.model.dynamo_backend,
         "micro_batches_per_step": per_step,
         "micro_batches": [[*size, count] for size, count in sorted(shares.items())],
         **({"learns_from_base": True} if learns_from_base else {}),
     }
+
+
+def _passes(config: Config) -> int:
+    """Backward passes of a step with gradients released; 0 where they are not."""
+    wanted = config.optimizer
+    two = wanted.max_grad_norm > 0 and wanted.grad_clip_method == "norm"
+    return (1 + two) * wanted.optimizer_release_gradients
 
 
 def loads_of(buckets: Sequence[Bucket]) -> list[Load]:
@@ -400,9 +445,9 @@ def _notes(config: Config, facts: ModelFacts) -> list[str]:
 
 def checkpoint_bytes(config: Config, parameters: int) -> int:
     """Bytes of one checkpoint: the weights and the optimizer's states in their dtype, and the EMA in fp32."""
-    if config.model.weights_dtype == "bf16":
-        return parameters * (2 * 4 + 4 * config.ema.use_ema)  # two states and Kahan's remainders
-    return parameters * 4 * (3 + config.ema.use_ema)
+    wanted, dtype = config.optimizer, "bf16" if config.model.weights_dtype == "bf16" else "fp32"
+    states = saved_bytes(wanted.optimizer, optimizer_options(wanted.optimizer_config), dtype)
+    return round(parameters * ((2 if dtype == "bf16" else 4) + states + 4 * config.ema.use_ema))
 
 
 def disk_need(
@@ -441,6 +486,10 @@ def plan_lines(plan: Plan, ledger: Ledger) -> list[str]:
         buckets = (*plan.buckets, *plan.held_out)
         lines += [f"    {_bucket_line(bucket)}" for bucket in buckets if bucket.dataset == part.dataset]
     lines += [cache_line(cache) for cache in plan.caches]
+    lines += [f"Noise: {line}" if number == 0 else f"    {line}" for number, line in enumerate(noise_lines(plan))]
+    lines.append(f"Learning rate: {plan.schedule.words}  {plan.schedule.picture()}")
+    if plan.weights.why:
+        lines.append(f"Weights: {plan.weights.dtype} ({plan.weights.why})")
     lines.append(f"Length: {length_line(plan)}")
     lines += schedule_lines(plan)
     lines += [f"Time: {line}" for line in time_lines(plan)]
@@ -512,6 +561,21 @@ def disk_line(plan: Plan) -> str:
     )
 
 
+def noise_lines(plan: Plan, most: int = 3) -> list[str]:
+    """The distribution of noise levels, and for each shift its median, where 9 of 10 levels lie, and a picture."""
+    levels, shifts = plan.levels, sorted({bucket.flow_shift for bucket in plan.buckets} or {plan.flow_shift})
+    lines = []
+    for shift in shifts[:most]:
+        low, middle, high = (levels.at(share, shift) for share in (0.05, 0.5, 0.95))
+        moved = f"shift {shift:g}: " if levels.is_shifted else ""
+        lines.append(f"{moved}median {middle:.2f}, 9 of 10 in {low:.2f}-{high:.2f}  0{picture(levels, shift)}1")
+    if len(shifts) > most:
+        lines.append(f"… and {len(shifts) - most} more, up to shift {shifts[-1]:g}")
+    if len(lines) == 1:
+        return [f"{levels.told()}, {lines[0]}"]
+    return [levels.told(), *lines]
+
+
 def length_line(plan: Plan) -> str:
     """How long the run is."""
     going_on = f"; going on from step {plan.first_step}" if plan.first_step else ""
@@ -549,6 +613,8 @@ def memory_lines(plan: Plan) -> list[str]:
         f"about {human_bytes(need.total_bytes)} to train ({told}), {human_bytes(caching.total_bytes)} to "
         f"fill the caches{there}"
     ]
+    if plan.memory.host_bytes:
+        lines.append(f"    and {human_bytes(plan.memory.host_bytes)} of main memory for the EMA")
     return [*lines, *(f"    it would fit with {way}" for way in ways_told(plan.memory))]
 
 

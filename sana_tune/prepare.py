@@ -28,11 +28,20 @@ from sana_tune.data.records import Keys, Record
 from sana_tune.data.stores import open_stores
 from sana_tune.data.survey import Report, Survey, survey
 from sana_tune.errors import Problem, UserError, gather
-from sana_tune.hardware import Device, device_for
+from sana_tune.hardware import Device, device_for, no_fp16_on_cpu
 from sana_tune.log import log
-from sana_tune.memory import Load, MemoryPlan, caching_needed, plan_memory, resident_needed
+from sana_tune.memory import (
+    Load,
+    MemoryPlan,
+    Weights,
+    caching_needed,
+    changed,
+    decide_weights,
+    plan_memory,
+    resident_needed,
+)
 from sana_tune.model import fetch
-from sana_tune.model.facts import ModelFacts, check_size, estimated_bytes, from_folder, known
+from sana_tune.model.facts import ModelFacts, check_bf16, check_size, estimated_bytes, from_folder, known
 from sana_tune.model.identity import latent_identity, text_identity
 from sana_tune.model.instruction import resolve_instruction
 from sana_tune.model.layout import component_weights
@@ -79,7 +88,8 @@ class Prepared:
 
     @property
     def config(self) -> Config:
-        return self.loaded.config
+        """What was asked, with the dtype of the weights decided."""
+        return settled(self.loaded.config, self.plan.weights)
 
     @property
     def captions(self) -> dict[str, str]:
@@ -126,12 +136,14 @@ def prepare(loaded: Loaded, output: Output, notes: Sequence[str] = (), *, fresh:
         gather(problems, lambda: check_drawing_sizes(config, expected))
     if problems:
         raise UserError(*problems)
-    surveyed = None
+    surveyed, device = None, device_for(config.train.device)
     if expected is not None:  # the pictures come before a download
+        check_precision(loaded, expected, device)
         surveyed = look(loaded, expected, memory, stores)
+        buckets = make_buckets(surveyed.records, loaded.datasets)
+        config = settled(config, weights_of(loaded, expected, on_disk(config), buckets, device, checkpoint))
     folder = located(config)
     facts = from_folder(folder, name)
-    device = device_for(config.train.device)
     if surveyed is None or expected is None or expected.vae_factor != facts.vae_factor:
         surveyed = look(loaded, facts, memory, stores)
     check_drawing_sizes(config, facts)
@@ -147,13 +159,54 @@ def resumed(config: Config, output: Output) -> Checkpoint | None:
 
 
 def identity_of(config: Config) -> dict[str, str]:
-    """What a run is: a checkpoint of a run that was something else is refused."""
+    """What a run is: a checkpoint of a run that was something else is refused.
+
+    While the dtype of the weights is `auto` it is no part of it: the run goes on in that of the checkpoint.
+    """
+    dtype = config.model.weights_dtype
     return {
         "model": config.model.pretrained_model_name_or_path,
         "model_type": config.model.model_type,
         "optimizer": config.optimizer.optimizer,
-        "weights_dtype": weights_dtype(config),
+        **({} if dtype == "auto" else {"weights_dtype": dtype}),
     }
+
+
+def weights_of(
+    loaded: Loaded,
+    facts: ModelFacts,
+    folder: Path | None,
+    buckets: Sequence[Bucket],
+    device: Device | None,
+    checkpoint: Checkpoint | None,
+) -> Weights:
+    """The dtype of the trained weights, and why. folder: None for a model that is not on this machine yet."""
+    held = checkpoint.header().get("run", {}).get("weights_dtype") if checkpoint else None
+    return decide_weights(
+        priced(loaded.config, buckets),
+        facts,
+        loads_of(trained(buckets)),
+        device,
+        precision=precision_on(loaded, device),
+        held=held,
+        resident_bytes=resident(loaded, model_bytes(loaded.config, facts, folder), buckets),
+    )
+
+
+def settled(config: Config, weights: Weights) -> Config:
+    """The settings with the dtype of the weights decided."""
+    return changed(config, {"weights_dtype": weights.dtype})
+
+
+def check_precision(loaded: Loaded, facts: ModelFacts, device: Device | None) -> None:
+    """Raise UserError when the model or the device cannot be computed with as asked."""
+    precision, problem = precision_on(loaded, device), None
+    if precision == "fp16" and device is not None and device.kind == "cpu":
+        problem = no_fp16_on_cpu()
+    elif precision == "bf16" or loaded.config.model.weights_dtype == "bf16":
+        problem = check_bf16(facts)
+    if problem is not None:
+        raise UserError(problem)
 
 
 def prompts_wanted(config: Config) -> dict[str, str]:
@@ -190,6 +243,15 @@ def located(config: Config) -> Path:
     return fetch.locate(
         model.pretrained_model_name_or_path, revision=model.revision, variant=model.variant, dtype=dtype
     )
+
+
+def on_disk(config: Config) -> Path | None:
+    """The model's folder if it is on this machine, in whichever dtype `weights_dtype` may come to; else None."""
+    model = config.model
+    dtypes = ("fp32", "bf16") if model.weights_dtype == "auto" else (weights_dtype(config),)
+    name, revision, variant = model.pretrained_model_name_or_path, model.revision, model.variant
+    found = (fetch.on_disk(name, revision=revision, variant=variant, dtype=dtype) for dtype in dtypes)
+    return next((folder for folder in found if folder is not None), None)
 
 
 def look(loaded: Loaded, facts: ModelFacts, memory: FileMemory, stores: Mapping[str, Store]) -> Survey:
@@ -280,9 +342,8 @@ def plan_of(
     keys, plain_keys = keys_of(loaded.config, folder, output)
     buckets = make_buckets(surveyed.records, loaded.datasets)
     caches = cache_needs(loaded, output, facts, surveyed, prompts, keys)
-    step = checkpoint.progress().step if checkpoint else 0
     told = (*notes, *held_out_copies(surveyed.records))
-    plan = run_plan(loaded, output, facts, folder, buckets, caches, step, told, device)
+    plan = run_plan(loaded, output, facts, folder, buckets, caches, checkpoint, told, device)
     return Prepared(
         loaded, output, facts, folder, surveyed, buckets, keys, plain_keys, prompts, checkpoint, plan, stores
     )
@@ -295,20 +356,25 @@ def run_plan(
     folder: Path | None,
     buckets: Sequence[Bucket],
     caches: Sequence[CacheNeed],
-    first_step: int,
+    checkpoint: Checkpoint | None,
     notes: Sequence[str],
     device: Device | None,
 ) -> Plan:
-    """The plan, with memory and speed. folder: None for a model that is not on this machine yet."""
-    config, sizes = loaded.config, model_bytes(loaded.config, facts, folder)
-    precision = precision_on(loaded, device)
+    """The plan, with memory and speed. folder: None for a model that is not on this machine yet.
+
+    Raises UserError when it cannot be computed as asked.
+    """
+    check_precision(loaded, facts, device)
+    weights = weights_of(loaded, facts, folder, buckets, device, checkpoint)
+    config = settled(loaded.config, weights)
+    sizes, precision = model_bytes(config, facts, folder), precision_on(loaded, device)
     batches = [Load(bucket.size.width, bucket.size.height, vae_batch(loaded, bucket.dataset)) for bucket in buckets]
     plan = make_plan(
         config,
         facts,
         buckets,
         caches,
-        first_step=first_step,
+        first_step=checkpoint.progress().step if checkpoint else 0,
         disk_free_bytes=free_bytes(existing(output.root)),
         other_model_bytes=sum(sizes.values()) - sizes["transformer"],
         notes=(*notes, *loaded.notes),
@@ -316,6 +382,7 @@ def run_plan(
             priced(config, buckets), facts, buckets, batches, sizes, device, precision, resident(loaded, sizes, buckets)
         ),
         precision=precision,
+        weights=weights,
         datasets=dataset_plans(loaded),
         timeline=timeline_for(loaded, buckets),
         learns_from_base=learns_from_base(config, buckets),
@@ -619,5 +686,5 @@ def weight_hashes(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def weights_dtype(config: Config) -> str:
-    """Dtype of the trained weights, "fp32" or "bf16"; auto is fp32 masters."""
+    """Dtype of the trained weights, "fp32" or "bf16"; auto, while it is not decided, counts as fp32 masters."""
     return "bf16" if config.model.weights_dtype == "bf16" else "fp32"

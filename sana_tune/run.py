@@ -6,6 +6,7 @@ imported where it is used, so that a mistake is told in tenths of a second.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -25,8 +26,9 @@ from sana_tune.caching import (
     redraw_of,
 )
 from sana_tune.config.load import Loaded
-from sana_tune.config.schema import Config
-from sana_tune.data.buckets import trained
+from sana_tune.config.schema import Config, EmaConfig, LossConfig, ModelConfig, OptimizerConfig
+from sana_tune.config.values import optimizer_options
+from sana_tune.data.buckets import Bucket, trained
 from sana_tune.data.records import Record
 from sana_tune.data.survey import Survey, strict_problems
 from sana_tune.errors import Interrupted, Problem, UserError
@@ -60,6 +62,10 @@ if TYPE_CHECKING:
     from sana_tune.data.cache import Tensors
     from sana_tune.data.loader import Batches
     from sana_tune.data.order import Order
+    from sana_tune.model.flow import Objective
+    from sana_tune.train.ema import Ema, NoEma
+    from sana_tune.train.release import Release
+    from sana_tune.train.scale import LossScale, NoLossScale
     from sana_tune.train.step import Parts
     from sana_tune.train.validate import NoValidator, Picture, Validator
 
@@ -271,69 +277,157 @@ def order_of(prepared: Prepared) -> Order:
 
 def build_parts(prepared: Prepared, accelerator: Accelerator) -> Parts:
     """Transformer, optimizer, schedule and EMA."""
+    from sana_tune.model.flow import Perturbation
     from sana_tune.model.shift import shift_for
-    from sana_tune.train.ema import Ema, NoEma
-    from sana_tune.train.optim import Schedule
+    from sana_tune.train.ema import NoEma
     from sana_tune.train.step import Parts
 
     config, facts, wanted = prepared.config, prepared.facts, prepared.config.optimizer
     transformer, optimizer = transformer_and_optimizer(prepared, accelerator.device)
+    run_blocks(config.model, transformer, accelerator, prepared.buckets, facts.vae_factor)
     base = base_model(prepared, accelerator.device) if learns_from_base(config, prepared.buckets) else None
     auto, shift = config.flow.flow_schedule_auto_shift, prepared.plan.flow_shift
-    ema: Ema | NoEma = NoEma()
-    if config.ema.use_ema:
-        ema = Ema(transformer.named_parameters(), config.ema.ema_decay, config.ema.ema_update_interval)
+    ema: Ema | NoEma = average_of(config.ema, transformer) if config.ema.use_ema else NoEma()
     return Parts(
         accelerator=accelerator,
         transformer=transformer,
         optimizer=optimizer,
-        schedule=Schedule(
-            wanted.lr_scheduler,
-            wanted.learning_rate,
-            prepared.plan.total_steps,
-            wanted.lr_warmup_steps,
-            wanted.lr_end,
-            wanted.lr_power,
-        ),
+        schedule=prepared.plan.schedule,
         ema=ema,
         shift_at=lambda tokens: shift_for(shift, tokens, facts.native_tokens, facts.scheduler, auto=auto),
         seed=config.train.seed,
         max_grad_norm=wanted.max_grad_norm,
         clip_method=wanted.grad_clip_method,
+        scale=loss_scale(precision(prepared.loaded), optimizer),
+        release=release_of(wanted, accelerator, transformer, optimizer),
+        levels=prepared.plan.levels,
+        objective=objective_of(config.loss),
+        perturbation=Perturbation(config.loss.input_perturbation, config.loss.input_perturbation_steps),
         base=base,
         regularised=is_regularised(prepared.buckets),
     )
 
 
+def run_blocks(
+    settings: ModelConfig, transformer: Any, accelerator: Accelerator, buckets: Sequence[Bucket], factor: int
+) -> None:
+    """Have the blocks recomputed and compiled as asked; compile for the smallest and the largest bucket at once."""
+    from sana_tune.model.blocks import arrange, sample
+    from sana_tune.model.facts import recomputed_blocks
+
+    recomputed = ()
+    if settings.gradient_checkpointing:
+        layers, interval = len(transformer.transformer_blocks), settings.gradient_checkpointing_interval
+        recomputed = recomputed_blocks(layers, interval, settings.gradient_checkpointing_segment_stride)
+    compiler = None if settings.dynamo_backend == "no" else settings.dynamo_backend
+    selective = settings.gradient_checkpointing_backend == "selective"
+    blocks = arrange(transformer, recomputed, selective=selective, compiler=compiler)
+    if blocks is None or compiler is None:
+        return
+    log.info("Compiling the blocks with %s: some minutes, once", compiler)
+    shapes = sorted({(bucket.batch_size, *bucket.size) for bucket in buckets}, key=math.prod)
+    blocks.warm_up(
+        lambda shape: sample(transformer, accelerator.autocast, shape[0], shape[2] // factor, shape[1] // factor),
+        dict.fromkeys((shapes[0], shapes[-1])),
+        list(transformer.parameters()),
+    )
+
+
+def loss_scale(precision: str, optimizer: torch.optim.Optimizer) -> LossScale | NoLossScale:
+    """What the loss is multiplied by before the backward pass: fp16 alone needs it."""
+    from sana_tune.train.scale import LossScale, NoLossScale
+
+    return LossScale(optimizer) if precision == "fp16" else NoLossScale()
+
+
+def release_of(
+    settings: OptimizerConfig, accelerator: Accelerator, transformer: Any, optimizer: torch.optim.Optimizer
+) -> Release | None:
+    """The updates inside the backward pass, where they are asked for. Raises UserError for several processes."""
+    from sana_tune.train.release import Release
+
+    if not settings.optimizer_release_gradients:
+        return None
+    if accelerator.num_processes > 1:
+        what = f"needs one process: several sum their gradients before a step; found {accelerator.num_processes}"
+        raise UserError(Problem("optimizer_release_gradients", what, "train with one process, or switch it off"))
+    limit, by_norm = settings.max_grad_norm, settings.grad_clip_method == "norm"
+    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    return Release(optimizer, trained, max_norm=limit * by_norm, max_value=limit * (not by_norm))
+
+
+def objective_of(settings: LossConfig) -> Objective:
+    """What is minimised."""
+    from sana_tune.model.flow import Objective
+
+    return Objective(
+        kind=settings.loss_type,
+        huber_c=settings.huber_c,
+        huber_schedule=settings.huber_schedule,
+        weighting=settings.loss_weighting,
+        snr_gamma=settings.snr_gamma or 0.0,
+        soft=settings.use_soft_min_snr,
+    )
+
+
+def average_of(settings: EmaConfig, transformer: Any) -> Ema:
+    """The average of the weights."""
+    from sana_tune.train.ema import Ema
+
+    return Ema(
+        transformer.named_parameters(),
+        settings.ema_decay,
+        settings.ema_update_interval,
+        warmup=settings.ema_warmup_steps,
+        place="cpu" if settings.is_on_cpu else "accelerator",
+        shown=settings.ema_validation,
+    )
+
+
 def transformer_and_optimizer(prepared: Prepared, device: torch.device) -> tuple[Any, torch.optim.Optimizer]:
-    """The trained model in the dtype of its weights, and its optimizer; with bf16 weights Kahan starts exact."""
+    """The trained model in the dtype of its weights, and its optimizer.
+
+    fp32 weights that become bf16 stay in main memory: on the device they would take more than training does.
+    """
     import torch
 
     from sana_tune.model.attention import install
-    from sana_tune.model.sana import load_transformer, set_gradient_checkpointing
-    from sana_tune.train.optim import build_optimizer, seed_kahan
+    from sana_tune.model.half import keep_captions_fp32
+    from sana_tune.model.sana import load_transformer
 
-    config, wanted = prepared.config, prepared.config.optimizer
-    transformer: Any = load_transformer(prepared.folder, torch.float32, device, variant=config.model.variant)
+    config = prepared.config
+    place = "cpu" if weights_dtype(config) == "bf16" else device
+    transformer: Any = load_transformer(prepared.folder, torch.float32, place, variant=config.model.variant)
     install(transformer)
-    if config.model.gradient_checkpointing:
-        set_gradient_checkpointing(transformer, config.model.gradient_checkpointing_interval)
-    exact = None
-    if weights_dtype(config) == "bf16":
-        # In main memory: beside the optimizer's states they would take more of the device than training does.
-        exact = [parameter.detach().to("cpu", copy=True) for parameter in transformer.parameters()]
-        transformer.to(torch.bfloat16)
+    if precision(prepared.loaded) == "fp16":
+        keep_captions_fp32(transformer)
+    return transformer, optimizer_of(config, transformer, device, bf16=weights_dtype(config) == "bf16")
+
+
+def optimizer_of(config: Config, transformer: Any, device: torch.device, *, bf16: bool) -> torch.optim.Optimizer:
+    """The optimizer of fp32 weights; or these made bf16 and put on the device, and Kahan started exact."""
+    import torch
+
+    from sana_tune.train.optim import build_optimizer, parameter_groups, seed_kahan
+
+    wanted = config.optimizer
+    exact = [parameter.data for parameter in transformer.parameters()] if bf16 else []
+    if bf16:
+        transformer.to(torch.bfloat16).to(device)
     optimizer = build_optimizer(
         wanted.optimizer,
-        transformer.parameters(),
+        parameter_groups(transformer.named_parameters()),
         wanted.learning_rate,
         (wanted.optimizer_beta1, wanted.optimizer_beta2),
         wanted.optimizer_weight_decay,
         wanted.optimizer_epsilon,
+        options=optimizer_options(wanted.optimizer_config),
+        release=wanted.optimizer_release_gradients,
+        seed=config.train.seed,
     )
-    if exact is not None:
+    if exact:
         seed_kahan(optimizer, list(transformer.parameters()), exact)
-    return transformer, optimizer
+    return optimizer
 
 
 def base_model(prepared: Prepared, device: torch.device) -> Any:
@@ -341,13 +435,17 @@ def base_model(prepared: Prepared, device: torch.device) -> Any:
     import torch
 
     from sana_tune.model.attention import install
+    from sana_tune.model.half import keep_captions_fp32
     from sana_tune.model.sana import freeze, load_transformer
 
-    dtype = torch.bfloat16 if weights_dtype(prepared.config) == "bf16" else torch.float32
+    weights = weights_dtype(prepared.config)
     # In main memory first: the device has no room for it in fp32.
     base: Any = load_transformer(prepared.folder, torch.float32, "cpu", variant=prepared.config.model.variant)
     install(base)
-    return freeze(base, dtype, autocast=precision(prepared.loaded) == "bf16").to(device)
+    if precision(prepared.loaded) == "fp16":
+        keep_captions_fp32(base)
+    dtype = torch.bfloat16 if weights == "bf16" else torch.float32
+    return freeze(base, dtype, autocast=autocast_dtype(prepared.loaded, weights)).to(device)
 
 
 def validator_of(prepared: Prepared, text: Tensors, parts: Parts, stop: Stop) -> Validator | NoValidator:
@@ -359,7 +457,7 @@ def validator_of(prepared: Prepared, text: Tensors, parts: Parts, stop: Stop) ->
     if not prepared.prompts:
         return NoValidator()
     settings, device = prepared.config.validation, parts.accelerator.device
-    autocast = autocast_dtype(prepared.loaded) if device.type != "cpu" else None
+    autocast = autocast_dtype(prepared.loaded, prepared.plan.weights.dtype) if device.type != "cpu" else None
     painter = Painter(prepared.folder, device, autocast=autocast, variant=prepared.config.model.variant)
 
     def draw(picture: Picture) -> np.ndarray:
@@ -406,7 +504,7 @@ def export(prepared: Prepared, parts: Parts, progress: Progress) -> str:
     training = {
         "Steps": progress.step,
         "Images seen": progress.images,
-        "Optimizer": f"{config.optimizer.optimizer}, learning rate {config.optimizer.learning_rate:g}",
+        "Optimizer": f"{config.optimizer.optimizer}, learning rate {prepared.plan.schedule.peak_lr:g}",
         "Flow shift": f"{prepared.plan.flow_shift:g}",
         "Datasets": ", ".join(f"{part.dataset} ({part.trained} pictures)" for part in prepared.survey.ledger.datasets),
     }
@@ -442,8 +540,9 @@ def precision(loaded: Loaded) -> str:
     return "no" if resolve_device(loaded.config.train.device) == "cpu" else asked
 
 
-def autocast_dtype(loaded: Loaded) -> torch.dtype | None:
-    """What drawing computes in beside fp32 masters; None = the weights' own dtype."""
+def autocast_dtype(loaded: Loaded, weights: str) -> torch.dtype | None:
+    """What drawing computes in beside fp32 masters; None = the weights' own dtype, which is `weights`."""
     import torch
 
-    return torch.bfloat16 if precision(loaded) == "bf16" and weights_dtype(loaded.config) == "fp32" else None
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return dtypes.get(precision(loaded)) if weights == "fp32" else None

@@ -25,7 +25,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +50,7 @@ class Alternating:
     """A run's batches that pause after each `block` steps: `between` is called, and both are timed.
 
     wait: returns when the device has done its work. ours, theirs: seconds per step, block by block.
+    waited: the part of ours in which the next batch was not there yet.
     """
 
     batches: Batches
@@ -59,13 +59,19 @@ class Alternating:
     wait: Callable[[], None]
     ours: list[float] = field(default_factory=list)
     theirs: list[float] = field(default_factory=list)
+    waited: list[float] = field(default_factory=list)
 
     def steps(self, first_step: int, total_steps: int) -> Iterator[Step]:
         steps = self.batches.steps(first_step, total_steps)
         for _ in range(first_step, total_steps, self.block):
-            started = time.perf_counter()
-            yield from islice(steps, self.block)
+            started, waited = time.perf_counter(), 0.0
+            for _ in range(self.block):
+                asked = time.perf_counter()
+                step = next(steps)
+                waited += time.perf_counter() - asked
+                yield step
             self.ours.append(self.since(started))  # the loop asks for the next step: it has done the last one
+            self.waited.append(waited / self.block)
             started = time.perf_counter()
             self.between(self.block)
             self.theirs.append(self.since(started))
@@ -184,7 +190,7 @@ def measure_steps(loaded: Loaded, asked: argparse.Namespace) -> Alternating:
         parts = run.build_parts(prepared, accelerator)
         checkpoints = Checkpoints(output.root, 1, identity_of(loaded.config))
         fit(prepared.plan, parts, batches, NoValidator(), checkpoints, watcher, Stop())
-    del batches.ours[0], batches.theirs[0]
+    del batches.ours[0], batches.theirs[0], batches.waited[0]
     return batches
 
 
@@ -199,24 +205,41 @@ def measure_help() -> float:
     return statistics.median(once() for _ in range(HELP_TIMES))
 
 
-def measure_start(folder: Path) -> float:
-    """Seconds from the command to the first step, the caches warm."""
-    output = folder / "second"
+# A start whose imports of other people's libraries are done beforehand: what is left is our own share.
+PRELOADED = """
+import sys, time
+import accelerate, optimi, torch, transformers
+from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+from transformers import AutoTokenizer, Gemma2Model
+print(time.time(), flush=True)
+from sana_tune.cli.main import main
+main()
+"""
+
+
+def measure_start(folder: Path, preloaded: bool) -> float:
+    """Seconds from the command to the first step, the caches warm. preloaded: without the imports of libraries."""
+    output = folder / f"second_{preloaded}"
     metrics = output / "metrics.jsonl"
     cache = ["--cache_dir", str(folder / "output" / "cache")]
-    command = [sys.executable, "-m", "sana_tune", "train", "--config", str(folder / "config.json"), *cache]
-    started = time.perf_counter()
+    program = ["-c", PRELOADED] if preloaded else ["-m", "sana_tune"]
+    command = [sys.executable, *program, "train", "--config", str(folder / "config.json"), *cache]
+    started = time.time()
     run = subprocess.Popen(
-        [*command, "--max_train_steps", "1", "--output_dir", str(output)], stdout=subprocess.DEVNULL, cwd=ROOT
+        [*command, "--max_train_steps", "1", "--output_dir", str(output)], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
+    assert run.stdout is not None
+    if preloaded:
+        started = float(run.stdout.readline())
     while not (metrics.exists() and metrics.read_text().endswith("\n")):
         if run.poll() is not None:
             break
         time.sleep(0.005)
-    seconds = time.perf_counter() - started
-    if run.wait() != 0:
+    seconds = time.time() - started
+    run.communicate()
+    if run.returncode != 0:
         raise SystemExit("the run that was to show the start failed")
-    return seconds - json.loads(metrics.read_text())["step_s"]
+    return seconds - json.loads(metrics.read_text().splitlines()[0])["step_s"]
 
 
 def many_pictures(folder: Path, count: int) -> Path:
@@ -291,6 +314,7 @@ def tell_steps(found: Alternating, asked: argparse.Namespace) -> None:
     ours, theirs = (1000 * statistics.median(times) for times in (found.ours, found.theirs))
     print(f"step at batch {asked.batch}: sana_tune {ours:.1f} ms, bare loop {theirs:.1f} ms (medians)")
     print(f"  ratio {middle:.3f} (quartiles {low:.3f} to {high:.3f}; {len(ratios)} pairs of {asked.block} steps)")
+    print(f"  of ours, waiting for data: {sum(found.waited) / sum(found.ours):.2%}")
 
 
 def main() -> None:
@@ -326,7 +350,8 @@ def main() -> None:
         loaded = settings(Path(place), asked)
         tell_steps(measure_steps(loaded, asked), asked)
         if not asked.steps_only:
-            print(f"from the command to the first step, warm caches: {measure_start(Path(place)):.2f} s")
+            whole, own = (measure_start(Path(place), preloaded) for preloaded in (False, True))
+            print(f"from the command to the first step, warm caches: {whole:.2f} s, {own:.2f} s of it not imports")
             print(f"sana_tune --help: {measure_help():.2f} s (median of {HELP_TIMES})")
 
 

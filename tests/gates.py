@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("store",),
     ("data", "model", "watch"),
-    ("memory",),
+    ("memory", "schedule"),
     ("plan", "prompts", "output"),
     ("roles",),
     ("train",),
@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("caching",),
     ("inventory",),
     ("run",),
+    ("bench",),
     ("cli",),
     ("__main__",),
 )

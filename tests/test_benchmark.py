@@ -28,7 +28,7 @@ def test_blocks_alternate_and_are_timed_apart():
         time.sleep(0.01)
     turn = ["waited", "bare", "bare", "waited"]
     assert done == ["0", "1", *turn, "2", "3", *turn]
-    assert len(batches.ours) == len(batches.theirs) == 2
+    assert len(batches.ours) == len(batches.theirs) == len(batches.waited) == 2
     assert all(0.01 <= seconds for seconds in batches.ours) and all(0.02 <= seconds for seconds in batches.theirs)
 
 
@@ -39,7 +39,10 @@ def test_a_short_run_tells_everything(monkeypatch: pytest.MonkeyPatch, capsys: p
     told = capsys.readouterr().out
     found = re.search(r"ratio ([\d.]+) \(quartiles [\d.]+ to [\d.]+; 2 pairs of 1 steps\)", told)
     assert found and 0.1 < float(found[1]) < 10
-    assert re.search(r"to the first step, warm caches: [\d.]+ s\nsana_tune --help: [\d.]+ s", told)
+    assert re.search(r"waiting for data: [\d.]+%", told)
+    assert re.search(
+        r"to the first step, warm caches: [\d.]+ s, [\d.]+ s of it not imports\nsana_tune --help: [\d.]+ s", told
+    )
 
 
 def test_the_check_is_timed_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

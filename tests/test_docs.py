@@ -17,7 +17,7 @@ import typer
 from jsonschema import Draft202012Validator
 
 from sana_tune.cli.main import app, exit_code
-from sana_tune.config import legacy
+from sana_tune.config import choices, legacy
 from sana_tune.config.caption_edits import CaptionShuffle
 from sana_tune.config.datasets import DATASET_KINDS
 from sana_tune.config.describe import SCHEMAS, schema_path
@@ -158,7 +158,7 @@ def test_a_command_in_the_pages_exists(page, command):
 OTHER_NAMES = frozenset({
     "sana_tune", "text_embeds", "pixel_area", "constant_with_warmup", "user_prompt_library", "transformer_ema",
     "validation_images", "huggingface_hub", "cosine_with_restarts", "cosine_with_warmup", "image_embeds",
-    "instance_prompt", "save_to_disk",
+    "instance_prompt", "save_to_disk", "ema_only",
 })  # fmt: skip
 # Keys inside of blocks.
 BLOCK_KEYS = {*TABLE_KEYS, *HUB_KEYS, *FILTER_KEYS, *(field.name for field in fields(CaptionShuffle))}
@@ -168,8 +168,11 @@ def test_settings_in_the_pages_exist():
     """Whatever looks like a setting in the text is one, of ours or of SimpleTuner's."""
     named = re.compile(r'"?(?:--)?([a-z]+(?:_[a-z0-9]+)+)"?(?::.*)?')
     values = {
-        value for table in (legacy.LATER_VALUES, legacy.SAME_VALUE) for names in table.values() for value in names
-    }
+        value
+        for table in (legacy.LATER_VALUES, legacy.SAME_VALUE, legacy.REFUSED_VALUES)
+        for names in table.values()
+        for value in names
+    } | {name for table in vars(choices).values() if isinstance(table, dict) for name in table}
     seen: set[str] = set()
     for page in PAGES:
         for code in re.findall(r"`([^`\n]+)`", FENCE.sub("", text_of(page))):

@@ -105,12 +105,12 @@ def test_memory_and_disk_are_those_of_the_readme(name):
 
 
 OTHERS = {
-    "sana-1.6b-24gb": ({"use_ema": True}, "24.7 GB"),
-    "sana-1.6b-dreambooth-512+1024": ({"weights_dtype": "bf16", "use_ema": False}, "18.9 GB"),
+    "sana-1.6b-24gb": ({"use_ema": True}, "24.5 GB"),
+    "sana-1.6b-dreambooth-512+1024": ({"weights_dtype": "bf16", "use_ema": False}, "18.7 GB"),
     "sana-1.5-1.6b-80gb": (
-        {"gradient_checkpointing": True, "gradient_checkpointing_interval": 2, "train_batch_size": 16}, "76.6 GB"
+        {"gradient_checkpointing": True, "gradient_checkpointing_interval": 2, "train_batch_size": 16}, "69.1 GB"
     ),
-    "sana-4.8b-8gpu": ({"use_ema": True}, "71.5 GB"),
+    "sana-4.8b-8gpu": ({"use_ema": True}, "71.2 GB"),
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from sana_tune.errors import UserError
 from sana_tune.hardware import Device
 from sana_tune.memory import Load, MemoryPlan, caching_needed, plan_memory
 from sana_tune.model.facts import ModelFacts, known
+from sana_tune.model.levels import Levels
 from sana_tune.plan import (
     CacheNeed,
     DatasetPlan,
@@ -31,10 +32,12 @@ from sana_tune.plan import (
     human_time,
     latent_bytes,
     length_line,
+    levels_of,
     loads_of,
     make_plan,
     memory_lines,
     memory_warnings,
+    noise_lines,
     pace_of,
     plan_lines,
     schedule_lines,
@@ -136,6 +139,29 @@ def test_the_disk_it_needs(tmp_path, facts):
     assert text_bytes(facts, 0) == 0 < text_bytes(facts, 1) < text_bytes(facts, 2)
 
 
+def test_noise_levels_are_told_with_a_picture(tmp_path, facts):
+    made = plan(tmp_path, facts)
+    (line,) = noise_lines(made)
+    assert line.startswith("logit-normal (mean 0, std 1), shift 3: median 0.75, 9 of 10 in 0.37-0.94  0▁")
+    assert line.endswith("1") and len(set(line) & set("▁▂▃▄▅▆▇█")) >= 5
+    assert f"Noise: {line}" in plan_lines(made, Ledger(()))
+    auto = noise_lines(plan(tmp_path, facts, flow_schedule_auto_shift=True, flow_stratified=True))
+    assert auto[0] == "logit-normal (mean 0, std 1), stratified" and len(auto) == 3
+    assert auto[1].startswith("shift 2.9") and auto[2].startswith("shift 3: median 0.75")
+    table = plan(tmp_path, facts, flow_custom_timesteps=(0.25, 0.5, 0.75), flow_schedule_shift=3)
+    assert table.shift_of(512, 512) == 1
+    assert noise_lines(table)[0].startswith("custom (3 levels), median 0.50, 9 of 10 in 0.25-0.75  0")
+    assert json.loads(json.dumps(table.to_json()))["levels"]["table"] == [0.25, 0.5, 0.75]
+
+
+def test_settings_of_the_noise_become_its_distribution(tmp_path):
+    scaled = levels_of(config(tmp_path, flow_logit_mean=-1.0, flow_logit_std=2.0, flow_sigmoid_scale=0.5))
+    assert scaled == Levels(mean=-0.5, std=1.0)
+    beta = levels_of(config(tmp_path, flow_use_beta_schedule=True, flow_beta_schedule_alpha=3.0, flow_stratified=True))
+    assert beta == Levels("beta", alpha=3.0, stratified=True)
+    assert levels_of(config(tmp_path, flow_distribution="mode", flow_mode_scale=0.5)) == Levels("mode", mode_scale=0.5)
+
+
 def test_it_is_told_in_plain_lines(tmp_path, facts):
     left_out = tuple((f"{number}.png", "too small") for number in range(7))
     ledger = Ledger((DatasetLedger("cats", 19, 12, left_out, 14, 12),))
@@ -204,6 +230,11 @@ def test_memory_is_told_and_stored(tmp_path):
     assert memory_lines(replace(made, memory=None)) == []
 
 
+def test_main_memory_of_the_average_is_told(tmp_path):
+    line = memory_lines(with_memory(tmp_path, Device("a card", 80 * 10**9, 1), use_ema=True, ema_device="cpu"))[1]
+    assert line == "    and 12.8 GB of main memory for the EMA"
+
+
 def test_what_does_not_fit_is_a_warning_with_the_settings_that_would(tmp_path):
     made = with_memory(tmp_path, CARD)
     told, way = memory_lines(made)[:2]
@@ -238,6 +269,7 @@ def test_the_pace_is_what_decides_a_steps_time(tmp_path, facts):
     same = pace()
     assert json.loads(json.dumps(same)) == same
     assert pace(max_train_steps=9, learning_rate=1e-3, seed=4) == same
+    assert pace(use_ema=True, ema_device="cpu") != pace(use_ema=True) != pace(use_ema=True, ema_update_interval=9)
     for change in ({"use_ema": True}, {"gradient_checkpointing_interval": 2}, {"mixed_precision": "no"}):
         assert pace(**change) != same
     assert pace([replace(BUCKETS[0], batch_size=2), BUCKETS[1]]) != same

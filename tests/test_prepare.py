@@ -17,12 +17,15 @@ from sana_tune.data.cache import TensorCache
 from sana_tune.data.geometry import Size
 from sana_tune.data.memory import FileMemory
 from sana_tune.errors import UserError
+from sana_tune.hardware import device_for
 from sana_tune.log import log
+from sana_tune.model.facts import known
 from sana_tune.output import Output
 from sana_tune.prepare import (
     Looking,
     Prepared,
     cache_needs,
+    check_precision,
     drawing_sizes,
     existing,
     finished_already,
@@ -137,7 +140,7 @@ def test_pictures_are_drawn_at_the_size_asked_for_or_the_models(tmp_path):
 
 def test_a_run_goes_on_from_its_own_checkpoint_alone(tmp_path):
     loaded = asked(tmp_path)
-    checkpoint(tmp_path / "output", 3, identity_of(loaded.config))
+    checkpoint(tmp_path / "output", 3, {**identity_of(loaded.config), "weights_dtype": "fp32"})
     assert prepared(tmp_path).plan.first_step == 3
     assert prepared(tmp_path, resume_from_checkpoint="").plan.first_step == 0
     assert prepare(loaded, Output.open(tmp_path / "output"), fresh=True).plan.first_step == 0
@@ -212,7 +215,7 @@ def test_the_plan_knows_the_device_and_what_the_run_takes_there(tmp_path, monkey
     assert on_cpu.memory.device.kind == "cpu" and on_cpu.memory.need.copies_bytes == 0, "nothing is cast on a CPU"
     assert on_cpu.pace["precision"] == "no" and on_cpu.memory.fits
     card(tmp_path, monkeypatch, 900)
-    on_card = prepared(tmp_path).plan
+    on_card = prepared(tmp_path, weights_dtype="fp32").plan
     assert on_card.memory is not None and on_card.memory.device is not None
     assert (on_card.memory.device.name, on_card.pace["precision"]) == ("a card", "bf16")
     assert on_card.memory.need.copies_bytes > 0 and not on_card.memory.fits
@@ -291,3 +294,49 @@ def test_a_long_look_at_pictures_tells_how_far_it_is(monkeypatch, caplog):
         "Looking at the pictures of cats: 22 of 120, 1.0 a second, about 2 min left",
         "Looking at the pictures of cats: 43 of 120, 1.0 a second, about 1 min left",
     ]
+
+
+# ---- the dtype of the weights, and what cannot be computed ----
+
+UNSAFE = "Efficient-Large-Model/Sana_1600M_1024px_diffusers"
+
+
+def test_auto_takes_bf16_weights_where_fp32_does_not_fit_and_says_so(tmp_path, monkeypatch, caplog):
+    assert (prepared(tmp_path).plan.weights.dtype, prepared(tmp_path).config.model.weights_dtype) == ("fp32", "fp32")
+    card(tmp_path, monkeypatch, 900)
+    found = prepared(tmp_path)
+    assert found.plan.weights.dtype == found.config.model.weights_dtype == "bf16"
+    assert found.loaded.config.model.weights_dtype == "auto", "what was asked stays what was asked"
+    assert found.plan.memory is not None and found.plan.memory.need.copies_bytes == 0
+    assert identity_of(found.config)["weights_dtype"] == "bf16"
+    tell(found)
+    assert "Weights: bf16 (it takes about 1.0 GB with fp32 weights, and a card has 0.9 GB; Kahan" in caplog.text
+    assert prepared(tmp_path, weights_dtype="fp32").plan.weights.why == "as asked"
+
+
+def test_auto_goes_on_in_the_dtype_of_the_checkpoint(tmp_path, monkeypatch):
+    run = identity_of(asked(tmp_path).config)
+    checkpoint(tmp_path / "output", 3, {**run, "weights_dtype": "bf16"})
+    weights = prepared(tmp_path).plan.weights
+    assert (weights.dtype, weights.why) == ("bf16", "as in the checkpoint")
+    with pytest.raises(UserError, match="trained with weights_dtype 'bf16'; this run has 'fp32'"):
+        prepared(tmp_path, weights_dtype="fp32")
+
+
+def test_weights_that_break_in_bf16_are_refused_with_the_replacement(tmp_path, monkeypatch):
+    card(tmp_path, monkeypatch, 80_000)
+    with pytest.raises(UserError) as caught:
+        prepared(tmp_path, pretrained_model_name_or_path=UNSAFE)
+    (problem,) = caught.value.problems
+    assert "break in bf16" in problem.what and "Sana_1600M_1024px_BF16_diffusers" in problem.fix
+    for settings in ({"mixed_precision": "fp16"}, {"mixed_precision": "no"}):
+        loaded = asked(tmp_path, pretrained_model_name_or_path=UNSAFE, **settings)
+        check_precision(loaded, known(UNSAFE), device_for("auto"))
+    with pytest.raises(UserError, match="break in bf16"):
+        loaded = asked(tmp_path, pretrained_model_name_or_path=UNSAFE, mixed_precision="no", weights_dtype="bf16")
+        check_precision(loaded, known(UNSAFE), device_for("auto"))
+
+
+def test_fp16_on_a_cpu_is_refused(tmp_path):
+    with pytest.raises(UserError, match="fp16 needs a GPU; the run is on a CPU"):
+        prepared(tmp_path, mixed_precision="fp16", device="cpu")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from sana_tune.config.load import load
 from sana_tune.errors import UserError
 from sana_tune.log import log
 from sana_tune.output import Output
-from sana_tune.prepare import prepare, write_down
+from sana_tune.prepare import prepare, weights_dtype, write_down
 from sana_tune.run import autocast_dtype, drawing_seed, precision, run, without
 from sana_tune.watch.events import CacheProgress, Finished, Saved, Started, Stepped, Validated
 from tests.config.helpers import write_files
@@ -30,11 +33,12 @@ from tests.journeys.kit import Heard, metrics_of, one_thread, pictures, small_ru
         ({"mixed_precision": "bf16", "weights_dtype": "bf16"}, {}, "bf16", None),
         ({"mixed_precision": "no"}, {"MIXED_PRECISION": "bf16"}, "no", None),
         ({}, {"MIXED_PRECISION": "bf16"}, "bf16", torch.bfloat16),
+        ({"mixed_precision": "fp16"}, {}, "fp16", torch.float16),
     ],
 )
 def test_the_precision_is_what_was_asked_or_what_suits_the_device(asked, environ, wanted, drawn_in, tmp_path):
     loaded = load(write_files(tmp_path, {"device": "cpu", **asked}), {}, environ)
-    assert (precision(loaded), autocast_dtype(loaded)) == (wanted, drawn_in)
+    assert (precision(loaded), autocast_dtype(loaded, weights_dtype(loaded.config))) == (wanted, drawn_in)
 
 
 @pytest.mark.parametrize(("asked", "seed"), [({}, 0), ({"seed": 5}, 5), ({"seed": 5, "validation_seed": 0}, 0)])
@@ -86,3 +90,84 @@ def test_a_run_tells_its_course_in_order_and_gives_all_back(small, tmp_path):
     assert not [handler for handler in log.handlers if isinstance(handler, logging.FileHandler)]
     said = (tmp_path / "output/log.txt").read_text(encoding="utf-8")
     assert "a note of the command line" in said and "Model: nano" in said
+
+
+def run_as(tmp_path, command: str, **environ: str) -> str:
+    """A run of two steps on nano from the command line. Answers what it said."""
+    small_run(pictures(tmp_path / "pictures", 4).parent, max_train_steps=2)
+    ran = subprocess.run(
+        [sys.executable, "-m", "sana_tune", "train", "--config", str(tmp_path / "config.json"), *command.split()],
+        capture_output=True, text=True, timeout=600, env={**os.environ, **environ},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout + ran.stderr
+
+
+def test_without_a_compiler_a_compiled_run_says_so_and_trains(tmp_path):
+    cache = str(tmp_path / "inductor")
+    told = run_as(tmp_path, "--dynamo_backend inductor", CXX="/no/such/compiler", TORCHINDUCTOR_CACHE_DIR=cache)
+    assert "Compiling the blocks with inductor" in told
+    assert told.count("dynamo_backend: the blocks could not be compiled and run as they are") == 1
+    assert [row["skipped"] if "skipped" in row else False for row in metrics_of(tmp_path / "output")] == [False, False]
+
+
+def test_a_compiled_run_is_that_of_an_uncompiled_one(tmp_path, full):
+    if not full:
+        pytest.skip("minutes of C++ compiler: --full")
+    command = "--gradient_checkpointing true --gradient_checkpointing_interval 2"
+    run_as(tmp_path / "plain", command)
+    told = run_as(tmp_path / "compiled", f"{command} --dynamo_backend inductor")
+    assert "could not be compiled" not in told
+    losses = [[row["loss"] for row in metrics_of(tmp_path / kind / "output")] for kind in ("plain", "compiled")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "again"),
+    [
+        ({}, []),
+        ({"gradient_checkpointing": True}, [0, 1, 2, 3, 4, 5]),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_interval": 4}, [0, 4]),
+        (
+            {
+                "gradient_checkpointing": True,
+                "gradient_checkpointing_interval": 2,
+                "gradient_checkpointing_segment_stride": 3,
+            },
+            [0, 1, 3, 4],
+        ),
+    ],
+    ids=["none", "all", "interval", "stride"],
+)
+@pytest.mark.parametrize("kind", ["torch", "selective"])
+def test_blocks_are_recomputed_as_asked_and_train_the_same(settings, again, kind, tmp_path):
+    """Norms of nano's blocks that run twice; with `selective`, products that do not; the run is the same to the bit."""
+    small_run(pictures(tmp_path / "pictures", 4).parent, max_train_steps=1)
+    plain = tmp_path / "plain"
+    asked = {**settings, "gradient_checkpointing_backend": kind} if settings else {}
+    loaded = [
+        load(tmp_path / "config.json", {**values, "output_dir": str(place)}, {})
+        for place, values in ((plain, {}), (tmp_path / "asked", asked))
+    ]
+    seen: dict[str, list[int]] = {"norm1": [], "to_out": []}
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    def watch(module: Any, inputs: Any) -> None:
+        if hasattr(module, "transformer_blocks"):
+            for place, block in enumerate(module.transformer_blocks):
+                names[id(block.norm1)] = ("norm1", place)
+        if id(module) in names:
+            name, place = names[id(module)]
+            seen[name].append(place)
+
+    names: dict[int, tuple[str, int]] = {}
+    with one_thread():
+        run(loaded[0])
+        handle = register_module_forward_pre_hook(watch)
+        try:
+            run(loaded[1])
+        finally:
+            handle.remove()
+    assert sorted(seen["norm1"]) == sorted([*range(6), *again])
+    one, other = ([row["loss"], row["grad_norm"]] for row in (metrics_of(plain)[0], metrics_of(tmp_path / "asked")[0]))
+    assert one == other

@@ -26,6 +26,7 @@ from sana_tune.plan import (
     human_bytes,
     length_line,
     memory_lines,
+    noise_lines,
     schedule_lines,
     time_lines,
 )
@@ -279,6 +280,7 @@ def _shapes(dataset: Dataset) -> str:
 def _plan(plan: Plan, width: int) -> Iterator[Line]:
     """Length, caches, disk, memory and time."""
     yield from _labelled("Length", [length_line(plan), *schedule_lines(plan)], width)
+    yield from _labelled("Noise", noise_lines(plan), width)
     yield from _labelled("Caches", [_cache(cache) for cache in plan.caches], width)
     yield from _labelled("Disk", [disk_line(plan)], width)
     yield from _labelled("Memory", memory_lines(plan), width)

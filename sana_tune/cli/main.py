@@ -229,6 +229,36 @@ def cache_explain(
         raise typer.Exit(told.tell_explained(loaded, file, as_json=json))
 
 
+@app.command()
+def bench(
+    model: Annotated[str, typer.Option(metavar="NAME", help="sana-1.6b-1024, sana-600m-512 …, or nano.")] = "nano",
+    batch: Annotated[str, typer.Option(metavar="N,N", help="Pictures per step.")] = "1",
+    resolution: Annotated[int | None, typer.Option(metavar="PX", help="Side; default the model's own.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, max=300, metavar="N", help="Text tokens of the longest caption.")] = 300,
+    variants: Annotated[
+        str, typer.Option(metavar="NAMES", help="Some of diffusers, eager, compiled.")
+    ] = "diffusers,eager,compiled",
+    optimizers: Annotated[
+        str, typer.Option(metavar="NAMES", help="Names, with :bf16 and :release: bnb-lion8bit:bf16:release.")
+    ] = "optimi-adamw",
+    intervals: Annotated[
+        str, typer.Option(metavar="N,N", help="Blocks recomputed: 0 none, n every n-th, selective.")
+    ] = "0,1",
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps that are timed, after three.")] = 10,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    json: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")] = None,
+) -> None:
+    """Time training steps of a model with random weights: speed, memory, what compiling brings. Downloads nothing."""
+    from sana_tune.bench import Asked
+    from sana_tune.cli.bench import bench_asked, listed, numbers
+
+    asked = Asked(
+        model, numbers(batch, "--batch"), listed(variants), listed(optimizers), listed(intervals), resolution, tokens,
+        steps, device,
+    )  # fmt: skip
+    bench_asked(asked, typer.echo, Path(json) if json else None)
+
+
 @examples.command("list")
 def examples_list() -> None:
     """The packaged examples, each with the first line of its README."""

@@ -216,6 +216,8 @@ def _foreign() -> list[str]:
             for key in legacy.LATER_VALUES for fix, values in _later(key).items()]  # fmt: skip
     rows += [(f"`{key}`", f"`{value}`", f"read as `{same}`") for key, values in legacy.SAME_VALUE.items()
              for value, same in values.items()]  # fmt: skip
+    rows += [(f"`{key}`", f"`{value}`", reason) for key, values in legacy.REFUSED_VALUES.items()
+             for value, reason in values.items()]  # fmt: skip
     return [*lines, *_table(("key", "value", "instead"), sorted(rows))]
 
 

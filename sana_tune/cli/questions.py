@@ -211,7 +211,8 @@ def _model_said(choice: ModelChoice, state: State) -> list[str]:
     amount = (
         f"{facts.parameters / 1e9:.1f} billion" if facts.parameters >= 1e8 else f"{facts.parameters / 1e6:.1f} million"
     )
-    return [f"{amount} weights, made for {facts.native_px} px. Licence: {facts.licence}.", *facts.notes]
+    exact = [] if facts.bf16_safe else ["Its weights break in bf16, so everything will be computed in fp32."]
+    return [f"{amount} weights, made for {facts.native_px} px. Licence: {facts.licence}.", *exact, *facts.notes]
 
 
 # ---- 2: the pictures ----

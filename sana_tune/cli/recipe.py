@@ -120,8 +120,11 @@ def assumed(name: str) -> ModelChoice:
 
 def least_bytes(facts: ModelFacts) -> int:
     """The smallest device that trains a model whole at its own size: every block recomputed, one picture at a time."""
-    smallest = {"gradient_checkpointing": True, "use_ema": False, "optimizer": "optimi-adamw"}
-    smallest |= {"weights_dtype": "bf16"} if facts.bf16_safe else {"mixed_precision": "no"}
+    smallest: dict[str, Any] = {"gradient_checkpointing": True, "use_ema": False, "optimizer": "optimi-adamw"}
+    if facts.bf16_safe:
+        smallest |= {"weights_dtype": "bf16", "optimizer": "bnb-adamw8bit", "optimizer_release_gradients": True}
+    else:
+        smallest |= {"mixed_precision": "no"}
     config = memory.changed(memory.default_config(), smallest)
     need = memory.memory_needed(config, facts, [Load(facts.native_px, facts.native_px, 1)])
     return math.ceil(need.total_bytes / (1 - memory.SPARE)) + 1
@@ -279,6 +282,9 @@ def estimated_bytes(settings: Mapping[str, Any], facts: ModelFacts, resolutions:
     return memory.memory_needed(config, facts, loads).total_bytes
 
 
+RELEASED = "gradients: each is used and freed at once, since all of them do not fit; clipping takes a second pass"
+
+
 def reasons(settings: Mapping[str, Any]) -> list[str]:
     """The recommended settings in words, a line each."""
     batch, accumulation = settings["train_batch_size"], settings["gradient_accumulation_steps"]
@@ -291,7 +297,10 @@ def reasons(settings: Mapping[str, Any]) -> list[str]:
     else:
         blocks = f"every {interval}. block is recomputed: there is room for the others"
     if settings["weights_dtype"] == "bf16":
-        precision = "weights in bf16, what rounding loses is kept aside (Kahan): fp32 masters do not fit"
+        kept = "what rounding loses is kept aside (Kahan)"
+        if not settings["optimizer"].startswith("optimi"):
+            kept = "rounded so that small changes add up (stochastic rounding)"
+        precision = f"weights in bf16, {kept}: fp32 masters do not fit"
     elif settings["mixed_precision"] == "bf16":
         precision = "fp32 master weights, computed in bf16: the most exact that is fast"
     else:
@@ -302,6 +311,7 @@ def reasons(settings: Mapping[str, Any]) -> list[str]:
         f"checkpointing: {blocks}",
         f"precision: {precision}",
         f"optimizer: {settings['optimizer']}; {average}",
+        *([RELEASED] if settings.get("optimizer_release_gradients") else []),
     ]
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-OPTIMIZERS: dict[str, str] = {
-    "optimi-adamw": "AdamW of torch-optimi, with Kahan summation for bf16 weights",
-    "torch-adamw": "AdamW of torch.optim",
-}
+from sana_tune.config.optimizers import OPTIMIZER_FACTS, own_settings
+
+OPTIMIZERS: dict[str, str] = {name: facts.help for name, facts in OPTIMIZER_FACTS.items()}
 
 LR_SCHEDULERS: dict[str, str] = {
     "constant": "the learning rate throughout (with lr_warmup_steps above 0: constant_with_warmup)",
@@ -13,6 +12,8 @@ LR_SCHEDULERS: dict[str, str] = {
     "linear": "warm-up, then falls linearly to 0 at the last step",
     "polynomial": "warm-up, then falls as (1 - t)^lr_power to lr_end at the last step",
     "cosine": "warm-up, then falls as half a cosine to lr_end at the last step",
+    "cosine_with_restarts": "warm-up, then lr_num_cycles times half a cosine, each from the peak to lr_end",
+    "inverse_sqrt": "warm-up over w steps, then falls as the square root of w / step (without warm-up: 1 / step)",
 }
 
 # Names of the trainer that users come from, and why they are none here.
@@ -21,8 +22,60 @@ REFUSED_LR_SCHEDULERS: dict[str, str] = {
 }
 
 # lr_end of the schedules that use it, where the user names none. The others do not.
-LR_END_DEFAULTS: dict[str, float] = {"polynomial": 4e-7, "cosine": 0.0}
+LR_END_DEFAULTS: dict[str, float] = {"polynomial": 4e-7, "cosine": 0.0, "cosine_with_restarts": 0.0}
 LR_POWER_USED_BY: tuple[str, ...] = ("polynomial",)
+LR_CYCLES_USED_BY: tuple[str, ...] = ("cosine_with_restarts",)
+
+NOISE_DISTRIBUTIONS: dict[str, str] = {
+    "logit-normal": "sigmoid of a normal (flow_logit_mean, flow_logit_std): the middle most often, as NVIDIA trains",
+    "uniform": "every level alike",
+    "beta": "Beta(flow_beta_schedule_alpha, flow_beta_schedule_beta)",
+    "mode": "SD3's mode sampling with heavy tails (flow_mode_scale)",
+    "custom": "the levels of flow_custom_timesteps, each alike, without shift",
+}
+
+LOSS_TYPES: dict[str, str] = {
+    "l2": "mean squared error",
+    "huber": "pseudo-Huber, squared below the width huber_c and straight above: outliers count less",
+    "smooth_l1": "the same divided by huber_c: near the absolute error for a small huber_c",
+}
+
+HUBER_SCHEDULES: dict[str, str] = {
+    "snr": "huber_c at pure noise, rising to 1 at the picture as the square of its share",
+    "exponential": "huber_c at pure noise, rising to 1 at the picture as huber_c^sigma",
+    "constant": "huber_c at every noise level",
+}
+
+LOSS_WEIGHTINGS: dict[str, str] = {
+    "none": "every noise level counts alike, as NVIDIA trains",
+    "sigma_sqrt": "1 / sigma²: low noise counts most",
+    "cosmap": "2 / (π (1 - 2 sigma + 2 sigma²)): the middle counts most",
+}
+
+# Names of diffusers' `weighting_scheme` that choose noise levels, and no weights.
+REFUSED_LOSS_WEIGHTINGS: dict[str, str] = {
+    "logit_normal": "it says which noise levels are drawn: use flow_distribution logit-normal",
+    "mode": "it says which noise levels are drawn: use flow_distribution mode",
+    "min_snr": "it is set by its gamma: use snr_gamma 5",
+}
+
+CHECKPOINTING_BACKENDS: dict[str, str] = {
+    "torch": "a recomputed block keeps its input alone",
+    "selective": "it keeps its matrix products too, and recomputes norms, gates and the depthwise convolution",
+}
+
+# Names of the trainer that users come from, and why they are none here.
+REFUSED_CHECKPOINTING_BACKENDS: dict[str, str] = {
+    "unsloth": "it moves the inputs of recomputed blocks to main memory, for Sana 0.11 GiB a picture of 1024 px: there "
+    "is next to nothing to save; use torch",
+    "unsloth-ffn": "Sana's feed-forward alone is no block; use torch",
+    "torch-ffn": "Sana's feed-forward alone is no block; use torch, or selective to recompute less",
+}
+
+DYNAMO_BACKENDS: dict[str, str] = {
+    "no": "the blocks run as they are",
+    "inductor": "torch.compile makes kernels of their own for them: the first steps take minutes, all others less time",
+}
 
 CAPTION_STRATEGIES: dict[str, str] = {
     "filename": "the file's name without its ending, underscores as spaces",
@@ -33,8 +86,5 @@ CAPTION_STRATEGIES: dict[str, str] = {
     "huggingface": "a column of the dataset; for type huggingface",
 }
 
-# Betas, weight decay and eps where the user names none (contracts §3; NVIDIA trains AdamW with these).
-OPTIMIZER_DEFAULTS: dict[str, dict[str, float]] = {
-    "optimi-adamw": {"beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "eps": 1e-6},
-    "torch-adamw": {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.01, "eps": 1e-8},
-}
+# Betas, weight decay and eps where the user names none (contracts §3; NVIDIA trains AdamW with those of optimi-adamw).
+OPTIMIZER_DEFAULTS: dict[str, dict[str, float]] = {name: own_settings(name) for name in OPTIMIZERS}

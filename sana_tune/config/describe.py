@@ -19,10 +19,40 @@ from pydantic.fields import FieldInfo
 
 from sana_tune.config import legacy, sources
 from sana_tune.config.caption_edits import parse_caption_filters, parse_caption_shuffle
-from sana_tune.config.choices import CAPTION_STRATEGIES, LR_SCHEDULERS, OPTIMIZERS
+from sana_tune.config.choices import (
+    CAPTION_STRATEGIES,
+    CHECKPOINTING_BACKENDS,
+    DYNAMO_BACKENDS,
+    HUBER_SCHEDULES,
+    LOSS_TYPES,
+    LOSS_WEIGHTINGS,
+    LR_SCHEDULERS,
+    NOISE_DISTRIBUTIONS,
+    OPTIMIZERS,
+)
 from sana_tune.config.datasets import INHERITED, ConditioningDataset, ImageDataset, TextDataset
-from sana_tune.config.schema import SECTIONS, CaptionStrategy, Config, OptimizerName, SchedulerName, Section
-from sana_tune.config.values import parse_aspect_buckets, parse_colour, parse_instruction, parse_resolutions
+from sana_tune.config.schema import (
+    SECTIONS,
+    CaptionStrategy,
+    CheckpointingBackend,
+    Config,
+    Distribution,
+    DynamoBackend,
+    HuberSchedule,
+    LossType,
+    LossWeighting,
+    OptimizerName,
+    SchedulerName,
+    Section,
+)
+from sana_tune.config.values import (
+    parse_aspect_buckets,
+    parse_colour,
+    parse_instruction,
+    parse_levels,
+    parse_optimizer_config,
+    parse_resolutions,
+)
 
 Home = Literal["config", "dataset", "conditioning", "text_embeds"]
 
@@ -44,6 +74,8 @@ TYPES: Mapping[type, str] = {bool: "true/false", int: "whole number", float: "nu
 READ_BY: Mapping[Any, str] = {
     parse_resolutions: "size or list of sizes",
     parse_instruction: "text or list of lines",
+    parse_levels: "number or list of numbers",
+    parse_optimizer_config: "text of name=value, or an object",
     parse_aspect_buckets: "list of numbers or of {aspect, weight}",
     **sources.READERS,
     parse_colour: "colour",
@@ -51,7 +83,11 @@ READ_BY: Mapping[Any, str] = {
     parse_caption_filters: "list of filters, or a file",
 }
 # Types whose values are names of a table.
-TABLES = ((OptimizerName, OPTIMIZERS), (SchedulerName, LR_SCHEDULERS), (CaptionStrategy, CAPTION_STRATEGIES))
+TABLES = (
+    (OptimizerName, OPTIMIZERS), (SchedulerName, LR_SCHEDULERS), (CaptionStrategy, CAPTION_STRATEGIES),
+    (Distribution, NOISE_DISTRIBUTIONS), (LossType, LOSS_TYPES), (HuberSchedule, HUBER_SCHEDULES),
+    (LossWeighting, LOSS_WEIGHTINGS), (CheckpointingBackend, CHECKPOINTING_BACKENDS), (DynamoBackend, DYNAMO_BACKENDS),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

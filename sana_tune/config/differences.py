@@ -11,6 +11,7 @@ from typing import Any
 
 from sana_tune.config.datasets import ImageDataset
 from sana_tune.config.layers import DEFAULT, Flat
+from sana_tune.config.rules import distribution_of
 from sana_tune.config.schema import SECTIONS, Config, section_of
 
 Difference = Callable[[Flat, Config, Sequence[ImageDataset]], str | None]
@@ -49,7 +50,9 @@ def _default(key: str, theirs: Any) -> str:
 
 def recipe(flat: Flat, config: Config, datasets: Sequence[ImageDataset]) -> str:
     """Always: the noise levels and the scale of the latents."""
-    return "noise levels are NVIDIA's (logit-normal, with flow shift) and latents are scaled by the VAE's own factor"
+    kind = distribution_of(config)
+    whose = "NVIDIA's (logit-normal, with flow shift)" if kind == "logit-normal" else f"of the distribution {kind}"
+    return f"noise levels are {whose} and latents are scaled by the VAE's own factor"
 
 
 def masters(flat: Flat, config: Config, datasets: Sequence[ImageDataset]) -> str | None:
@@ -74,9 +77,17 @@ def clipping(flat: Flat, config: Config, datasets: Sequence[ImageDataset]) -> st
 
 
 def shift(flat: Flat, config: Config, datasets: Sequence[ImageDataset]) -> str | None:
-    """Its shift options are inert for Sana."""
-    given = [key for key in ("flow_schedule_shift", "flow_schedule_auto_shift") if flat.origins[key] != DEFAULT]
-    return f"{' and '.join(given)} takes effect" if given else None
+    """Its options of noise levels and loss are inert for Sana."""
+    fields = {key: info for section in ("flow", "loss") for key, info in SECTIONS[section].model_fields.items()}
+    values = {**vars(config.flow), **vars(config.loss)}
+    given = [key for key in _INERT if flat.origins[key] != DEFAULT and values[key] != fields[key].default]
+    return f"{' and '.join(given)} take{'s' * (len(given) == 1)} effect" if given else None
+
+
+_INERT = (
+    "flow_schedule_shift", "flow_schedule_auto_shift", "flow_sigmoid_scale", "flow_use_uniform_schedule",
+    "flow_use_beta_schedule", "flow_custom_timesteps", "loss_type", "snr_gamma",
+)  # fmt: skip
 
 
 def false_text(flat: Flat, config: Config, datasets: Sequence[ImageDataset]) -> str | None:

@@ -26,6 +26,8 @@ from sana_tune.config.values import (
     parse_aspect_buckets,
     parse_colour,
     parse_instruction,
+    parse_levels,
+    parse_optimizer_config,
     parse_resolutions,
 )
 
@@ -37,8 +39,10 @@ NOT_SET: Schema = {"enum": [None, ""]}
 _DIGITS = r"[0-9]+(_[0-9]+)*"
 WHOLE = rf"^\s*[+-]?{_DIGITS}(\.0+)?\s*$"
 NUMBER = rf"^\s*[+-]?({_DIGITS}(\.({_DIGITS})?)?|\.{_DIGITS})([eE][+-]?[0-9]+)?\s*$"
+NUMBERS = rf"{NUMBER[:-1]}(,{NUMBER[1:-1]})*$"
 SIZE = r"^(\s*[0-9]+(\.0+)?\s*([xX×]\s*[0-9]+)?\s*(,|$))+$"
 SWITCHES = ("true", "false", "t", "f", "yes", "no", "y", "n", "on", "off", "1", "0")
+OR_TEXT = {parse_instruction: "array", parse_optimizer_config: "object"}  # text, or this kind of value
 TRUE: Schema = {"enum": [True, 1, "true", "True", "TRUE", "1"]}
 BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 OFF = [*legacy.OFF, [], {}]  # what asks for nothing, for every key
@@ -214,8 +218,13 @@ def _ways(key: str, info: FieldInfo, member: Any) -> list[Schema]:
     if member is parse_resolutions:
         one: list[Schema] = [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": SIZE}]
         return [*one, {"type": "array", "items": {"anyOf": one}}]
+    if member is parse_levels:
+        one = [{"type": "number", "exclusiveMinimum": 0, "maximum": 1000}, {"type": "string", "pattern": NUMBER}]
+        return [one[0], {"type": "string", "pattern": NUMBERS}, {"type": "array", "items": {"anyOf": one}}]
     if member is parse_aspect_buckets:
         return [{"type": "array", "items": _aspect_bucket()}]
+    if member in OR_TEXT:
+        return [{"type": "string"}, {"type": OR_TEXT[member]}]
     if member is parse_caption_shuffle:
         return [_caption_shuffle(), {"enum": [{}]}]
     if member is parse_caption_filters:
@@ -226,8 +235,6 @@ def _ways(key: str, info: FieldInfo, member: Any) -> list[Schema]:
         return [_block(TABLE_KEYS, ["path"])]
     if member is parse_hub:
         return [_block(HUB_KEYS, [])]
-    if member is parse_instruction:
-        return [{"type": "string"}, {"type": "array"}]
     if get_origin(member) is tuple:
         return [{"type": "array", "items": {"type": "string"}}]
     return [{"type": "string", **({"minLength": 1} if info.is_required() else {})}]

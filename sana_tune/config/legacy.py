@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from sana_tune.config.choices import REFUSED_LR_SCHEDULERS
+from sana_tune.config.optimizers import REFUSED_OPTIMIZERS, SAME_OPTIMIZER
+
 RENAMED: dict[str, str] = {
     "validation_steps": "validation_step_interval",
     "checkpointing_steps": "checkpoint_step_interval",
@@ -28,53 +31,25 @@ OFF: tuple[Any, ...] = (None, "", False, "false", "False", "none", "None", "no",
 LATER_TRAINING: dict[str, tuple[Any, ...]] = {
     "base_model_precision": (),
     "checkpoint_epoch_interval": (),
-    "dynamo_backend": (),
-    "ema_cpu_only": (),
-    "ema_device": ("cpu", "accelerator"),
-    "ema_warmup_steps": (),
     "eval_dataset_id": (),
-    "flow_beta_schedule_alpha": (2, 2.0),
-    "flow_beta_schedule_beta": (2, 2.0),
-    "flow_cubic_schedule_weights": (),
-    "flow_custom_timesteps": (),
-    "flow_sigmoid_scale": (1, 1.0, "1.0"),
-    "flow_timesteps_mode": (),
-    "flow_use_beta_schedule": (),
-    "flow_use_uniform_schedule": (),
     "fuse_optimizer": (),
-    "gradient_checkpointing_backend": ("torch",),
-    "gradient_checkpointing_segment_stride": (),
     "gradient_precision": ("unmodified",),
-    "huber_c": (),
-    "huber_schedule": (),
     "init_lokr_norm": (),
     "init_lora": (),
     "init_lora_ema": (),
     "init_lora_step": (),
-    "input_perturbation": (),
-    "input_perturbation_steps": (),
     "layer_freeze_strategy": (),
-    "loss_type": ("l2",),
-    "lr_num_cycles": (1, "1"),
-    "lr_scale": (),
-    "lr_scale_sqrt": (),
     "mixflow_enabled": (),
     "num_machines": (1, "1"),
     "num_processes": (1, "1"),
-    "optimizer_config": (),
     "optimizer_cpu_offload_method": (),
     "optimizer_offload_gradients": (),
-    "optimizer_release_gradients": (),
     "pretrained_gemma_model_name_or_path": (),
     "pretrained_transformer_model_name_or_path": (),
     "scheduled_sampling_max_step_offset": (),
     "gradient_checkpointing_offload_attention": (),
-    "noise_offset": (),
-    "offset_noise": (),
     "pretrained_transformer_subfolder": ("transformer",),
     "slider_strength": (),
-    "snr_gamma": (),
-    "use_soft_min_snr": (),
     "vae_cache_preprocess": (
         True,
         "true",
@@ -115,7 +90,6 @@ LATER_OUTPUT: dict[str, tuple[Any, ...]] = {
     "checkpointing_rolling_steps": (),
     "disk_low_action": ("stop",),
     "disk_low_script": (),
-    "ema_validation": ("comparison",),
     "enable_watermark": (),
     "eval_dataset_pooling": (),
     "eval_timesteps": (),
@@ -178,7 +152,7 @@ NO_EFFECT: dict[str, str] = {
     "debug_aspect_buckets": "the plan shows the buckets, log.txt the details",
     "debug_dataset_loader": "log.txt holds the details",
     "delete_model_after_load": "only the needed variant is downloaded, and kept",
-    "dynamo_mode": "it belongs to dynamo_backend, which is off",
+    "dynamo_mode": "blocks are compiled in the default mode: the others record CUDA graphs of one size each",
     "ema_foreach_disable": "the average is always updated in one go",
     "eval_loss_disable": "there is no evaluation loss to disable yet",
     "ez_model_type": "it had no effect either",
@@ -216,10 +190,15 @@ NO_EFFECT: dict[str, str] = {
     "scheduled_sampling_sampler": "it belongs to scheduled sampling, which is off",
     "scheduled_sampling_start_step": "it belongs to scheduled sampling, which is off",
     "scheduled_sampling_strategy": "it belongs to scheduled sampling, which is off",
-    "snr_weight": "it belongs to snr_gamma, which is off",
     "tracker_image_layout": "it belongs to report_to, which is not built yet",
     "trust_remote_code": "no code of a repository is ever run",
     "vae_cache_scan_behaviour": "caches are keyed by content",
+    "snr_weight": "a constant factor on the loss, which AdamW divides out again: change learning_rate",
+    "noise_offset": "it belongs to offset_noise, which is off",
+    "timestep_bias_begin": "it belongs to timestep_bias_strategy, which is off",
+    "timestep_bias_end": "it belongs to timestep_bias_strategy, which is off",
+    "timestep_bias_multiplier": "it belongs to timestep_bias_strategy, which is off",
+    "timestep_bias_portion": "it belongs to timestep_bias_strategy, which is off",
     "validation_adapter_mode": "model_type full trains every weight",
     "validation_adapter_name": "model_type full trains every weight",
     "validation_adapter_strength": "model_type full trains every weight",
@@ -243,26 +222,18 @@ REFUSED: dict[str, str] = {
     "delete_invalid_checkpoints": "nothing is deleted for being incomplete: such checkpoints are passed over, and said",
     "enable_nsfw_check": "there is no such classifier here; filter the pictures before training",
     "model_flavour": "name the repository: pretrained_model_name_or_path",
+    "flow_cubic_schedule_weights": "use flow_distribution beta, or flow_custom_timesteps with levels that repeat",
+    "flow_timesteps_mode": "use flow_distribution",
+    "offset_noise": "flows begin drawing at pure noise without an offset, so it would train what is never drawn; "
+    "a raised flow_schedule_shift trains the composition more",
+    "timestep_bias_strategy": "use flow_distribution and flow_schedule_shift: they say which noise levels are drawn",
 }
-
-# SimpleTuner's optimizers that come in a later version.
-_LATER_OPTIMIZERS = (
-    *("adamw_bf16", "adamw_schedulefree", "adamw_schedulefree+aggressive", "adamw_schedulefree+no_kahan"),
-    *(f"torch-{name}" for name in ("adam", "sgd", "radam", "nadam", "rmsprop", "adagrad", "adadelta", "adafactor")),
-    *("ao-adamw8bit", "ao-adamw4bit", "ao-adamfp8", "ao-adamwfp8", "soap", "muon", "prodigy"),
-    *(f"optimi-{name}" for name in ("stableadamw", "lion", "radam", "adam", "ranger", "adan", "sgd")),
-    *(f"bnb-{name}" for name in ("adam", "adam8bit", "adagrad", "adagrad8bit")),
-    *(f"bnb-{name}{kind}" for name in ("adamw", "lion", "ademamix")
-      for kind in ("", "-8bit", "8bit", "-paged", "-8bit-paged", "8bit-paged")),
-)  # fmt: skip
 
 # Values of our own keys that users have and that come in a later version.
 LATER_VALUES: dict[str, dict[str, str]] = {
-    "optimizer": {name: f"use {'torch' if name.startswith('torch') else 'optimi'}-adamw" for name in _LATER_OPTIMIZERS},
     "model_type": {"lora": "LoKr (lora_type lycoris) is not built yet; use full"},
-    "mixed_precision": {"fp16": "use bf16", "fp8": "use bf16"},
+    "mixed_precision": {"fp8": "use bf16"},
     "crop_style": {"face": "use center, or random"},
-    "lr_scheduler": {"cosine_with_restarts": "use cosine", "inverse_sqrt": "use cosine or polynomial"},
     "conditioning_type": dict.fromkeys(
         ("controlnet", "reference_strict", "reference_loose"), "use mask, or segmentation"
     ),
@@ -283,6 +254,8 @@ REFUSED_VALUES: dict[str, dict[str, str]] = {
         "conditioning_image_embeds": "Sana takes no pictures as a condition: remove the entry",
         "distillation_cache": "there is no distillation here: remove the entry",
     },
+    "lr_scheduler": REFUSED_LR_SCHEDULERS,
+    "optimizer": dict(REFUSED_OPTIMIZERS),
 }
 
 # Entries of multidatabackend.json that are passed over with a note.
@@ -292,10 +265,13 @@ IGNORED_DATASET_TYPES: dict[str, str] = {
 
 # Spellings that mean the same value.
 SAME_VALUE: dict[str, dict[str, str]] = {
+    "flow_distribution": {"logit_normal": "logit-normal", "custom_timesteps": "custom"},
+    "loss_type": {"mse": "l2"},
     "crop_style": {"centre": "center"},
     "caption_strategy": {"instance_prompt": "instanceprompt"},
     "metadata_backend": {"json": "discovery"},
     "lr_scheduler": {"cosine_with_warmup": "cosine"},
+    "optimizer": dict(SAME_OPTIMIZER),
 }
 
 

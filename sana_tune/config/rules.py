@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from sana_tune.config.choices import LR_END_DEFAULTS, LR_POWER_USED_BY
+from sana_tune.config.choices import LR_CYCLES_USED_BY, LR_END_DEFAULTS, LR_POWER_USED_BY
 from sana_tune.config.datasets import ConditioningDataset, EvalDataset, ImageDataset
+from sana_tune.config.optimizers import keeps_bf16, options_of, stuck_share
 from sana_tune.config.schema import Config
 from sana_tune.config.source_rules import SOURCE_RULES, unused_source_settings
+from sana_tune.config.values import nearest, optimizer_options
 from sana_tune.errors import Problem
 
 Rule = Callable[[Config, ImageDataset], Problem | None]
@@ -150,11 +154,15 @@ def unused_schedule_settings(config: Config) -> list[str]:
     """Notes on settings of a learning-rate schedule that is not the chosen one."""
     wanted, notes = config.optimizer, []
     if wanted.lr_end is not None and wanted.lr_scheduler not in LR_END_DEFAULTS:
-        notes.append(
-            f"lr_end has no effect with lr_scheduler {wanted.lr_scheduler}: {' and '.join(LR_END_DEFAULTS)} use it"
-        )
+        *first, last = LR_END_DEFAULTS
+        users = f"{', '.join(first)} and {last}"
+        notes.append(f"lr_end has no effect with lr_scheduler {wanted.lr_scheduler}: {users} use it")
     if "lr_power" in wanted.model_fields_set and wanted.lr_scheduler not in LR_POWER_USED_BY:
         notes.append(f"lr_power has no effect with lr_scheduler {wanted.lr_scheduler}: it is for polynomial")
+    if wanted.lr_num_cycles > 1 and wanted.lr_scheduler not in LR_CYCLES_USED_BY:
+        notes.append(
+            f"lr_num_cycles has no effect with lr_scheduler {wanted.lr_scheduler}: it is for cosine_with_restarts"
+        )
     return notes
 
 
@@ -170,16 +178,250 @@ def unused_crop_settings(dataset: ImageDataset) -> list[str]:
     return []
 
 
-def bf16_needs_kahan(config: Config) -> Problem | None:
-    """bf16 weights lose small updates unless the optimizer keeps what rounding loses (Kahan)."""
-    if config.model.weights_dtype == "bf16" and config.optimizer.optimizer != "optimi-adamw":
-        return Problem(
-            "weights_dtype",
-            f"bf16 weights need an optimizer that keeps what rounding loses; found {config.optimizer.optimizer}, "
-            "with which about 85 % of the weights would not move at a learning rate of 1e-5",
-            'use "optimizer": "optimi-adamw", or weights_dtype fp32',
-        )
+def bf16_keeps_its_rest(config: Config) -> Problem | None:
+    """bf16 weights lose small updates unless something keeps what rounding loses: Kahan, or stochastic rounding."""
+    wanted = config.optimizer
+    if config.model.weights_dtype != "bf16" or keeps_bf16(wanted.optimizer, optimizer_options(wanted.optimizer_config)):
+        return None
+    share = 100 * stuck_share(wanted.learning_rate)
+    what = (
+        "bf16 weights need what rounding to the nearest loses to be kept; without Kahan summation about "
+        f"{share:.0f} % of the weights would not move in a step at a learning rate of {wanted.learning_rate:g}"
+    )
+    return Problem("weights_dtype", what, "leave kahan_sum out of optimizer_config, or use weights_dtype fp32")
+
+
+def fp16_needs_masters(config: Config) -> Problem | None:
+    """fp16 gradients are scaled for fp32 weights; bf16 weights would be computed with in bf16."""
+    if config.model.mixed_precision == "fp16" and config.model.weights_dtype == "bf16":
+        what = "fp16 needs fp32 weights; found weights_dtype bf16"
+        return Problem("mixed_precision", what, "use mixed_precision bf16, or weights_dtype fp32")
     return None
+
+
+def known_options(config: Config) -> Problem | None:
+    """optimizer_config holds options that the optimizer has, of the right kind."""
+    name = config.optimizer.optimizer
+    known = options_of(name)
+    for key, value in optimizer_options(config.optimizer.optimizer_config).items():
+        if key not in known:
+            guess = nearest(key, known)
+            hint = f"did you mean {guess}? " if guess else ""
+            return Problem("optimizer_config", f"{name} has no option {key}", f"{hint}it has: {', '.join(known)}")
+        if (must := _kind_asked(key, known[key], value)) is not None:
+            such = str(known[key]).lower()
+            what = f"an option is not of its kind: {key} must be {must}; found {value}"
+            return Problem("optimizer_config", what, f'such as "{key}={such}"')
+    return None
+
+
+def nesterov_needs_momentum(config: Config) -> Problem | None:
+    """Nesterov's step is a form of momentum without dampening."""
+    given = optimizer_options(config.optimizer.optimizer_config)
+    if given.get("nesterov") and (not given.get("momentum") or given.get("dampening")):
+        what = "nesterov needs a momentum above 0 and no dampening"
+        return Problem("optimizer_config", what, 'such as "momentum=0.9,nesterov=true"')
+    return None
+
+
+def _kind_asked(key: str, default: Any, value: Any) -> str | None:
+    """What a value of `optimizer_config` must be, when it is not."""
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "true or false"
+    if isinstance(value, bool) or not isinstance(value, int if isinstance(default, int) else (int, float)):
+        return "a whole number" if isinstance(default, int) else "a number"
+    if key.startswith("beta") and key[4:].isdigit():
+        return None if 0 <= value < 1 else "at least 0 and below 1"
+    low, high = _LIMITS.get(key, (0, math.inf))
+    if low <= value <= high:
+        return None
+    return f"{low:g} or more" if high == math.inf else f"{high:g} or less"
+
+
+# Options of `optimizer_config` whose range is not 0 or more.
+_LIMITS = {"d": (1, math.inf), "k": (1, math.inf), "beta2_decay": (-math.inf, 0)}
+
+
+# Setting of its own → the same in `optimizer_config`.
+_OPTIMIZER_KEYS = {
+    "optimizer_beta1": "beta1",
+    "optimizer_beta2": "beta2",
+    "optimizer_weight_decay": "weight_decay",
+    "optimizer_epsilon": "eps",
+}
+
+
+def options_told_once(config: Config) -> Problem | None:
+    """A setting of its own and the same in optimizer_config are one too many."""
+    given = optimizer_options(config.optimizer.optimizer_config)
+    for key, option in _OPTIMIZER_KEYS.items():
+        if vars(config.optimizer)[key] is not None and option in given:
+            return Problem(key, f"{option} stands in optimizer_config too", "keep one of them")
+    return None
+
+
+def unused_optimizer_settings(config: Config) -> list[str]:
+    """Notes on settings that the optimizer does not have."""
+    wanted = config.optimizer
+    return [
+        f"{key} has no effect with {wanted.optimizer}: it has no {option}"
+        for key, option in _OPTIMIZER_KEYS.items()
+        if vars(wanted)[key] is not None and option not in options_of(wanted.optimizer)
+    ]
+
+
+def one_scale(config: Config) -> Problem | None:
+    """lr_scale and lr_scale_sqrt are two answers to one question."""
+    if config.optimizer.lr_scale and config.optimizer.lr_scale_sqrt:
+        return Problem("lr_scale", "multiplies the learning rate; found lr_scale_sqrt beside it", "keep one of them")
+    return None
+
+
+def release_goes_alone(config: Config) -> Problem | None:
+    """A gradient that is freed at once can be neither added to the next nor scaled back."""
+    if not config.optimizer.optimizer_release_gradients:
+        return None
+    where, accumulation = "optimizer_release_gradients", config.train.gradient_accumulation_steps
+    if accumulation > 1:
+        what = f"needs gradient_accumulation_steps 1: a gradient that is freed cannot be added to; found {accumulation}"
+        return Problem(where, what, "use gradient_accumulation_steps 1, with a larger train_batch_size if it fits")
+    if config.model.mixed_precision == "fp16":
+        what = "cannot be used with mixed_precision fp16: whether the scaled loss overflowed is known too late"
+        return Problem(where, what, "use mixed_precision bf16")
+    return None
+
+
+def release_notes(config: Config) -> list[str]:
+    """What gradient release costs."""
+    wanted = config.optimizer
+    if not wanted.optimizer_release_gradients or not wanted.max_grad_norm or wanted.grad_clip_method == "value":
+        return []
+    return [
+        "optimizer_release_gradients with max_grad_norm takes two forward and backward passes a step, about twice the "
+        "time: the first measures the norm. max_grad_norm 0 or grad_clip_method value takes one"
+    ]
+
+
+# Setting that is a distribution of noise levels by itself → which.
+_DISTRIBUTION_KEYS = {
+    "flow_use_uniform_schedule": "uniform",
+    "flow_use_beta_schedule": "beta",
+    "flow_custom_timesteps": "custom",
+}
+
+
+def distributions_asked(config: Config) -> dict[str, str]:
+    """The distributions of noise levels that the settings name: name → the setting that does."""
+    chosen = config.flow.flow_distribution
+    asked = {} if chosen is None else {chosen: "flow_distribution"}
+    for key, kind in _DISTRIBUTION_KEYS.items():
+        if vars(config.flow)[key]:
+            asked.setdefault(kind, key)
+    return asked
+
+
+def distribution_of(config: Config) -> str:
+    """The distribution that noise levels are drawn from; NVIDIA's where none is asked for."""
+    return next(iter(distributions_asked(config)), "logit-normal")
+
+
+def one_distribution(config: Config) -> Problem | None:
+    """Noise levels come from one distribution, and a table must be there when it is chosen."""
+    asked = distributions_asked(config)
+    if len(asked) > 1:
+        found = " and ".join(f"{key} ({name})" for name, key in asked.items())
+        what = f"noise levels are drawn from one distribution; found {found}"
+        return Problem("flow_distribution", what, "keep one of them")
+    if "custom" in asked and not config.flow.flow_custom_timesteps:
+        what = "custom needs flow_custom_timesteps, the noise levels to draw from"
+        return Problem("flow_distribution", what, 'add "flow_custom_timesteps": [0.25, 0.5, 0.75]')
+    return None
+
+
+# Setting → the distribution that it belongs to.
+_OF_DISTRIBUTION = {
+    "flow_logit_mean": "logit-normal",
+    "flow_logit_std": "logit-normal",
+    "flow_sigmoid_scale": "logit-normal",
+    "flow_beta_schedule_alpha": "beta",
+    "flow_beta_schedule_beta": "beta",
+    "flow_mode_scale": "mode",
+}
+
+
+def unused_flow_settings(config: Config) -> list[str]:
+    """Notes on settings of noise levels that do nothing beside the others. Values that are the defaults are no wish."""
+    values, fields = vars(config.flow), type(config.flow).model_fields
+    chosen = distribution_of(config)
+    notes = [
+        f"{key} has no effect with noise levels of the distribution {chosen}: it is for {kind}"
+        for key, kind in _OF_DISTRIBUTION.items()
+        if kind != chosen and values[key] != fields[key].default
+    ]
+    if chosen == "custom" and (config.flow.flow_schedule_shift is not None or config.flow.flow_schedule_auto_shift):
+        notes.append("flow_custom_timesteps are taken as they are: flow_schedule_shift and auto shift have no effect")
+    return notes
+
+
+def one_weighting(config: Config) -> Problem | None:
+    """snr_gamma is a weighting of its own."""
+    wanted = config.loss
+    if wanted.snr_gamma and wanted.loss_weighting != "none":
+        what = f"snr_gamma is a weighting itself; found loss_weighting {wanted.loss_weighting} beside it"
+        return Problem("snr_gamma", what, "keep one of them")
+    return None
+
+
+def unused_loss_settings(config: Config) -> list[str]:
+    """Notes on settings of the loss that do nothing beside the others."""
+    wanted, notes = config.loss, []
+    if wanted.loss_type == "l2":
+        fields = type(wanted).model_fields
+        given = [key for key in ("huber_c", "huber_schedule") if vars(wanted)[key] != fields[key].default]
+        notes += [f"{key} has no effect with loss_type l2: it is for huber and smooth_l1" for key in given]
+    if wanted.use_soft_min_snr and not wanted.snr_gamma:
+        notes.append("use_soft_min_snr has no effect without snr_gamma")
+    if wanted.input_perturbation_steps and not wanted.input_perturbation:
+        notes.append("input_perturbation_steps has no effect without input_perturbation")
+    return notes
+
+
+def stride_holds_interval(config: Config) -> Problem | None:
+    """The blocks recomputed in each segment must fit into it."""
+    interval = config.model.gradient_checkpointing_interval
+    stride = config.model.gradient_checkpointing_segment_stride
+    if stride is None or stride >= interval:
+        return None
+    return Problem(
+        "gradient_checkpointing_segment_stride",
+        f"the first gradient_checkpointing_interval ({interval}) blocks of every segment are recomputed, so a segment "
+        f"must not be shorter; found {stride}",
+        f"set it to {interval} or more, or leave it out",
+    )
+
+
+def selective_is_not_compiled(config: Config) -> Problem | None:
+    """torch 2.13 gives selectively recomputed blocks the sizes of another bucket when it compiles them."""
+    model = config.model
+    if model.dynamo_backend == "no" or not model.gradient_checkpointing:
+        return None
+    if model.gradient_checkpointing_backend != "selective":
+        return None
+    return Problem(
+        "dynamo_backend",
+        f"blocks must not be recomputed selectively when they are compiled, which torch gets wrong; found "
+        f"{model.dynamo_backend} with gradient_checkpointing_backend selective",
+        "use gradient_checkpointing_backend torch, and a larger gradient_checkpointing_interval if memory allows",
+    )
+
+
+def unused_checkpointing_settings(config: Config) -> list[str]:
+    """Notes on settings of gradient checkpointing while it is off."""
+    if config.model.gradient_checkpointing:
+        return []
+    keys = ("interval", "segment_stride", "backend")
+    asked = [key for key in (f"gradient_checkpointing_{key}" for key in keys) if key in config.model.model_fields_set]
+    return [f"{key} has no effect: gradient_checkpointing is off" for key in asked]
 
 
 def someone_starts(datasets: Sequence[ImageDataset]) -> Problem | None:
@@ -223,7 +465,20 @@ def unused_roles(
     return notes
 
 
-CONFIG_RULES: tuple[Callable[[Config], Problem | None], ...] = (bf16_needs_kahan, end_below_start)
+CONFIG_RULES: tuple[Callable[[Config], Problem | None], ...] = (
+    bf16_keeps_its_rest,
+    stride_holds_interval,
+    selective_is_not_compiled,
+    fp16_needs_masters,
+    known_options,
+    nesterov_needs_momentum,
+    options_told_once,
+    release_goes_alone,
+    one_scale,
+    end_below_start,
+    one_distribution,
+    one_weighting,
+)
 
 
 def check_rules(
@@ -233,7 +488,8 @@ def check_rules(
     problems = [problem for dataset in datasets for rule in DATASET_RULES if (problem := rule(config, dataset))]
     problems += [problem for rule in CONFIG_RULES if (problem := rule(config))]
     problems += [problem] if (problem := someone_starts(datasets)) else []
-    notes += unused_schedule_settings(config)
+    notes += unused_schedule_settings(config) + unused_flow_settings(config) + unused_loss_settings(config)
+    notes += unused_optimizer_settings(config) + release_notes(config) + unused_checkpointing_settings(config)
     for dataset in datasets:
         notes += unused_crop_settings(dataset)
         notes += unused_source_settings(dataset)

@@ -10,8 +10,31 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from sana_tune.config.choices import CAPTION_STRATEGIES, LR_SCHEDULERS, OPTIMIZERS, REFUSED_LR_SCHEDULERS
-from sana_tune.config.values import WHITE, Resolution, named, parse_colour, parse_instruction, parse_resolutions
+from sana_tune.config.choices import (
+    CAPTION_STRATEGIES,
+    CHECKPOINTING_BACKENDS,
+    DYNAMO_BACKENDS,
+    HUBER_SCHEDULES,
+    LOSS_TYPES,
+    LOSS_WEIGHTINGS,
+    LR_SCHEDULERS,
+    NOISE_DISTRIBUTIONS,
+    OPTIMIZERS,
+    REFUSED_CHECKPOINTING_BACKENDS,
+    REFUSED_LOSS_WEIGHTINGS,
+    REFUSED_LR_SCHEDULERS,
+)
+from sana_tune.config.optimizers import REFUSED_OPTIMIZERS
+from sana_tune.config.values import (
+    WHITE,
+    Resolution,
+    named,
+    parse_colour,
+    parse_instruction,
+    parse_levels,
+    parse_optimizer_config,
+    parse_resolutions,
+)
 
 
 class Section(BaseModel):
@@ -25,10 +48,20 @@ def setting(default: Any, help: str, *, unit: str | None = None, **limits: Any) 
     return Field(default, description=help, json_schema_extra={"unit": unit} if unit else None, **limits)
 
 
-OptimizerName = Annotated[str, AfterValidator(named(OPTIMIZERS, "optimizer"))]
+OptimizerName = Annotated[str, AfterValidator(named(OPTIMIZERS, "optimizer", REFUSED_OPTIMIZERS))]
 SchedulerName = Annotated[str, AfterValidator(named(LR_SCHEDULERS, "learning-rate schedule", REFUSED_LR_SCHEDULERS))]
+CheckpointingBackend = Annotated[
+    str, AfterValidator(named(CHECKPOINTING_BACKENDS, "way of gradient checkpointing", REFUSED_CHECKPOINTING_BACKENDS))
+]
+DynamoBackend = Annotated[str, AfterValidator(named(DYNAMO_BACKENDS, "compiler"))]
 CaptionStrategy = Annotated[str, AfterValidator(named(CAPTION_STRATEGIES, "caption strategy"))]
+Distribution = Annotated[str | None, AfterValidator(named(NOISE_DISTRIBUTIONS, "distribution of noise levels"))]
+LossType = Annotated[str, AfterValidator(named(LOSS_TYPES, "loss"))]
+HuberSchedule = Annotated[str, AfterValidator(named(HUBER_SCHEDULES, "schedule of huber_c"))]
+LossWeighting = Annotated[str, AfterValidator(named(LOSS_WEIGHTINGS, "weighting of the loss", REFUSED_LOSS_WEIGHTINGS))]
+NoiseLevels = Annotated[tuple[float, ...], BeforeValidator(parse_levels)]
 Resolutions = Annotated[tuple[Resolution, ...], BeforeValidator(parse_resolutions)]
+OptimizerOptions = Annotated[str, BeforeValidator(parse_optimizer_config)]
 Instruction = Annotated[str, BeforeValidator(parse_instruction)]
 Colour = Annotated[str, BeforeValidator(parse_colour)]
 
@@ -39,14 +72,21 @@ class ModelConfig(Section):
     pretrained_model_name_or_path: str = setting(..., "hub id or folder in diffusers layout, or `nano`", min_length=1)
     revision: str | None = setting(None, "branch, tag or commit of the hub repository")
     variant: str | None = setting(None, "weight variant of the hub repository, e.g. bf16; unset = chosen by precision")
-    mixed_precision: Literal["bf16", "no"] = setting("bf16", "compute in bf16, or in fp32 (no); a CPU computes in fp32")
+    mixed_precision: Literal["bf16", "fp16", "no"] = setting(
+        "bf16", "compute in bf16, in fp16 with a scaled loss, or in fp32 (no); a CPU computes in fp32"
+    )
     weights_dtype: Literal["auto", "fp32", "bf16"] = setting(
-        "auto", "dtype of the trained weights; auto = fp32 masters"
+        "auto", "dtype of the trained weights; auto = fp32 masters where they fit the memory, else bf16"
     )
     gradient_checkpointing: bool = setting(True, "recompute blocks in the backward pass to save memory")
     gradient_checkpointing_interval: int = setting(
         1, "checkpoint blocks 0, n, 2n …; 1 = every block", unit="blocks", ge=1
     )
+    gradient_checkpointing_segment_stride: int | None = setting(
+        None, "checkpoint the first `gradient_checkpointing_interval` of so many blocks instead", unit="blocks", ge=1
+    )
+    gradient_checkpointing_backend: CheckpointingBackend = setting("torch", "what a checkpointed block keeps")
+    dynamo_backend: DynamoBackend = setting("no", "compile the blocks for speed")
     sana_complex_human_instruction: Instruction | None = setting(
         None, 'text put before every caption; unset = diffusers\' own; "None" = no instruction'
     )
@@ -138,6 +178,42 @@ class FlowConfig(Section):
     flow_schedule_auto_shift: bool = setting(
         False, "grow the shift with the resolution: s·sqrt(tokens / native tokens)"
     )
+    flow_distribution: Distribution = setting(
+        None, "what noise levels are drawn from, before the shift; unset = logit-normal"
+    )
+    flow_logit_mean: float = setting(0.0, "logit-normal: mean of the normal; above 0 = more noise", ge=-10, le=10)
+    flow_logit_std: float = setting(1.0, "logit-normal: standard deviation of the normal", gt=0, le=10)
+    flow_sigmoid_scale: float = setting(
+        1.0, "logit-normal: factor on the normal before the sigmoid; below 1 = closer to the middle", gt=0, le=10
+    )
+    flow_use_uniform_schedule: bool = setting(False, "the same as flow_distribution uniform")
+    flow_use_beta_schedule: bool = setting(False, "the same as flow_distribution beta")
+    flow_beta_schedule_alpha: float = setting(2.0, "beta: alpha; above beta = more noise", ge=0.1, le=100)
+    flow_beta_schedule_beta: float = setting(2.0, "beta: beta; above alpha = less noise", ge=0.1, le=100)
+    flow_mode_scale: float = setting(1.29, "mode: above 0 = the middle more often, below 0 = the ends", ge=-1, le=1.75)
+    flow_custom_timesteps: NoiseLevels | None = setting(
+        None, "custom: the noise levels, 0 to 1, or timesteps up to 1000; comma separated or a list"
+    )
+    flow_stratified: bool = setting(
+        False, "spread the noise levels of each optimizer step evenly over their distribution: a steadier loss"
+    )
+
+
+class LossConfig(Section):
+    loss_type: LossType = setting("l2", "what is minimised")
+    huber_c: float = setting(0.1, "huber and smooth_l1: width of the squared part at pure noise", gt=0, le=10)
+    huber_schedule: HuberSchedule = setting("snr", "huber and smooth_l1: width by noise level")
+    loss_weighting: LossWeighting = setting("none", "weight of a sample's loss by its noise level")
+    snr_gamma: float | None = setting(
+        None, "min-SNR weighting: min(SNR, gamma) on the error of the picture; 5 is usual, 0 = off; unset = off", ge=0
+    )
+    use_soft_min_snr: bool = setting(False, "snr_gamma: the smooth form SNR·gamma / (SNR + gamma)")
+    input_perturbation: float = setting(
+        0.0, "mix the picture with so much more noise than the target knows of; 0.1 is usual", ge=0, le=1
+    )
+    input_perturbation_steps: int = setting(
+        0, "input_perturbation falls to 0 over so many steps; 0 = it stays", unit="steps", ge=0
+    )
 
 
 class OptimizerConfig(Section):
@@ -147,11 +223,20 @@ class OptimizerConfig(Section):
     optimizer_beta2: float | None = setting(None, "second beta; unset = the optimizer's default", ge=0, lt=1)
     optimizer_weight_decay: float | None = setting(None, "weight decay; unset = the optimizer's default", ge=0)
     optimizer_epsilon: float | None = setting(None, "epsilon; unset = the optimizer's default", gt=0)
+    optimizer_config: OptimizerOptions | None = setting(
+        None, 'further options of the optimizer, "name=value,name=value"; unset = its defaults'
+    )
+    optimizer_release_gradients: bool = setting(
+        False, "update each weight inside the backward pass and free its gradient at once"
+    )
     lr_scheduler: SchedulerName = setting("constant_with_warmup", "shape of the learning rate over the run")
     lr_end: float | None = setting(
         None, "learning rate at the last step of polynomial and cosine; unset = 4e-7 for polynomial, 0 for cosine", ge=0
     )
     lr_power: float = setting(0.8, "power of polynomial; 1 = a straight line", gt=0)
+    lr_num_cycles: int = setting(1, "cycles of cosine_with_restarts", unit="cycles", ge=1)
+    lr_scale: bool = setting(False, "multiply learning_rate and lr_end by the pictures of an optimizer step")
+    lr_scale_sqrt: bool = setting(False, "multiply them by the square root of that number instead")
     lr_warmup_steps: int = setting(0, "optimizer steps of linear warm-up", unit="steps", ge=0)
     max_grad_norm: float = setting(0.1, "clip the gradient's norm to this; 0 = no clipping", ge=0)
     grad_clip_method: Literal["norm", "value"] = setting("norm", "clip the whole gradient's norm, or each element")
@@ -184,6 +269,21 @@ class EmaConfig(Section):
     ema_update_interval: int = setting(
         1, "optimizer steps between updates; the decay is compensated", unit="steps", ge=1
     )
+    ema_warmup_steps: int = setting(
+        0, "steps through which the average is the weights; then ema_decay at once, not ramped", unit="steps", ge=0
+    )
+    ema_device: Literal["accelerator", "cpu"] = setting(
+        "accelerator", "where the average is kept and updated; cpu: in main memory, while the next step computes"
+    )
+    ema_cpu_only: bool = setting(False, "the same as ema_device cpu")
+    ema_validation: Literal["comparison", "ema_only", "none"] = setting(
+        "comparison", "weights that draw validation pictures: both, the average, or the raw ones (none)"
+    )
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether the average is kept in main memory."""
+        return self.ema_device == "cpu" or self.ema_cpu_only
 
 
 class ValidationConfig(Section):
@@ -212,6 +312,7 @@ class Config(Section):
     model: ModelConfig = Field(description="Model and precision")
     data: DataConfig = Field(description="Data")
     flow: FlowConfig = Field(description="Noise schedule")
+    loss: LossConfig = Field(description="Loss")
     optimizer: OptimizerConfig = Field(description="Optimizer and learning rate")
     train: TrainConfig = Field(description="Run, length and checkpoints")
     ema: EmaConfig = Field(description="Average of the weights (EMA)")

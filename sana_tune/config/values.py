@@ -30,6 +30,7 @@ class AspectBucket(NamedTuple):
 
 WHITE = "#ffffff"
 
+MOST_LISTED = 12  # names beside a guess: a longer list would hide it
 # Aspect ratios beyond these are slips (pixels, or a percentage) and no shapes of pictures.
 NARROWEST, WIDEST = 0.05, 20.0
 
@@ -47,15 +48,70 @@ def named(table: Mapping[str, str], kind: str, refused: Mapping[str, str] | None
     """
 
     def check(value: str) -> str:
-        if value in table:
+        if value is None or value in table:  # a setting that may be unset
             return value
         if refused and value in refused:
             raise ValueError(f"the {kind} {value!r} cannot be used: {refused[value]}")
         guess = nearest(value, table)
         hint = f"did you mean {guess!r}? " if guess else ""
-        raise ValueError(f"no {kind} has the name {value!r}; {hint}known: {', '.join(table)}")
+        listed = "" if guess and len(table) > MOST_LISTED else f"known: {', '.join(table)}"
+        raise ValueError(f"no {kind} has the name {value!r}; {hint}{listed}".rstrip())
 
     return check
+
+
+OptionValue = bool | int | float | str | None
+
+
+def parse_optimizer_config(value: Any) -> Any:
+    """Read "k=v,k=v" or an object of them: a text of that form, in which `optimizer_options` finds the values.
+
+    An empty value is none. Raises ValueError for what is neither.
+    """
+    if value is None or value == "" or value == {}:
+        return None
+    if isinstance(value, Mapping):
+        value = ",".join(f"{key}={_option_text(part)}" for key, part in value.items())
+    if not isinstance(value, str):
+        raise ValueError(f'must be text of the form "name=value,name=value"; found {_shown(value)}')
+    optimizer_options(value)
+    return value
+
+
+def optimizer_options(text: str | None) -> dict[str, OptionValue]:
+    """The values of `optimizer_config`: true, false and none as such, whole numbers, fractions, else text.
+
+    Raises ValueError for a part that is no name=value, and for a name that stands there twice.
+    """
+    found: dict[str, OptionValue] = {}
+    for part in (text or "").split(","):
+        name, equals, told = (piece.strip() for piece in part.partition("="))
+        if not part.strip():
+            continue
+        if not equals or not name or not told:
+            raise ValueError(f'must be "name=value,name=value"; found {_shown(part.strip())}')
+        if name in found:
+            raise ValueError(f"{name} stands there twice")
+        found[name] = _option_value(told)
+    return found
+
+
+def _option_value(text: str) -> OptionValue:
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+_WORDS: Mapping[str, bool | None] = {"true": True, "false": False, "none": None, "null": None}
+
+
+def _option_text(value: Any) -> str:
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def parse_resolutions(value: Any) -> tuple[Resolution, ...]:
@@ -144,6 +200,25 @@ def _number(value: Any) -> float | None:
         return float(value)
     except (ValueError, OverflowError):
         return None
+
+
+def parse_levels(value: Any) -> tuple[float, ...] | None:
+    """Read "0.25,0.5,1", "250,500,1000" or a list of them as rising noise levels in 0..1.
+
+    If one of them is above 1, all are timesteps of 0 to 1000. An empty value is none. Raises ValueError.
+    """
+    if value is None or value in ("", [], ()):
+        return None
+    parts = value if isinstance(value, (list, tuple)) else str(value).split(",")
+    found = []
+    for part in parts:
+        number = _number(part)
+        if number is None or not 0 < number <= 1000:
+            must = "noise levels are numbers above 0 and at most 1, or timesteps up to 1000, such as 0.25,0.5,0.75"
+            raise ValueError(f"{must}; found {_shown(part)}")
+        found.append(number)
+    scale = 1000 if max(found) > 1 else 1
+    return tuple(sorted(number / scale for number in found))
 
 
 def parse_instruction(value: Any) -> Any:

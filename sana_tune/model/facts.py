@@ -88,6 +88,11 @@ def known(name: str) -> ModelFacts | None:
     return _facts(name, None, entry.transformer, _VAE, scheduler, entry)
 
 
+def known_transformer(name: str) -> dict[str, Any]:
+    """The transformer's config of a published repository. Raises KeyError for others."""
+    return {**_TRANSFORMER_DEFAULTS, **KNOWN[name].transformer}
+
+
 def assumed(name: str) -> ModelFacts:
     """Stand-in facts of a hub model that is neither here nor published by NVIDIA: the 1.6B model's, and says so."""
     note = f"{name} is not known before it is downloaded: planned as if it were the 1.6B model for 1024 px"
@@ -122,6 +127,18 @@ def read_shift(scheduler: Mapping[str, Any]) -> tuple[float, str, str | None]:
         "used, what NVIDIA trained with up to 2K; set flow_schedule_shift if your model differs"
     )
     return DEFAULT_SHIFT, "default", warning
+
+
+def check_bf16(facts: ModelFacts) -> Problem | None:
+    """What is wrong with computing in bf16 with a model: the 1.0 weights without BF16 in their name break in it."""
+    if facts.bf16_safe:
+        return None
+    replacement = facts.name.replace("px_diffusers", "px_BF16_diffusers")
+    if replacement not in KNOWN:
+        replacement = next((name for name in KNOWN if "_1600M_1024px_BF16" in name and "_1600M_" in facts.name), None)
+    use = f"use {replacement}, or " if replacement else "NVIDIA published no BF16 weights of this size: "
+    what = f"the weights of {facts.name} break in bf16 (black or noisy pictures)"
+    return Problem("pretrained_model_name_or_path", what, f"{use}set mixed_precision no, or fp16 on a GPU")
 
 
 def check_size(width: int, height: int, vae_factor: int, where: str = "validation_resolution") -> Problem | None:
@@ -181,11 +198,6 @@ def _facts(
         origin = "as published"
     bf16_safe = listed is None or listed.bf16_safe
     notes = [warning] if warning else []
-    if not bf16_safe:
-        notes.append(
-            f"the weights of {name} break in bf16 (black or noisy pictures): use a repository with BF16 in its "
-            "name, or mixed_precision no"
-        )
     default_licence = NANO_LICENCE if name == "nano" else UNKNOWN_LICENCE
     return ModelFacts(
         name=name,
@@ -232,6 +244,13 @@ def _check_kinds(folder: Path, transformer: Mapping[str, Any], vae: Mapping[str,
         )
     if problems:
         raise UserError(*problems)
+
+
+def recomputed_blocks(layers: int, interval: int, stride: int | None = None) -> tuple[bool, ...]:
+    """For each block, whether the backward pass recomputes it: every interval-th, or the first of every stride."""
+    if stride is None:
+        return tuple(place % interval == 0 for place in range(layers))
+    return tuple(place % stride < interval for place in range(layers))
 
 
 @dataclass(frozen=True)

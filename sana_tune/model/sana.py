@@ -1,4 +1,4 @@
-"""Sana's three networks: load them, encode prompts, encode and decode pictures, recompute blocks by interval.
+"""Sana's three networks: load them, encode prompts, encode and decode pictures.
 
 Prompts are encoded exactly as diffusers' SanaPipeline does it (`pipeline_sana.py`, `encode_prompt`), so that what
 is trained on is what a user of the exported pipeline asks with.
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from sana_tune.errors import Problem, UserError
+from sana_tune.model.half import CAPTION_PATH
 from sana_tune.model.instruction import MAX_TOKENS, resolve_instruction
 from sana_tune.model.layout import INDEX, component_weights, read_json
 
@@ -237,40 +237,22 @@ def load_transformer(
     return transformer.to(device).train().requires_grad_(True)
 
 
-def set_gradient_checkpointing(transformer: SanaTransformer2DModel, interval: int) -> None:
-    """Recompute blocks 0, n, 2n … in the backward pass instead of keeping their activations; 0 = none.
-
-    Uses diffusers' own switch with a function of ours; names and values of the weights do not change.
-    """
-    if interval <= 0:
-        transformer.disable_gradient_checkpointing()
-        return
-    for place, block in enumerate(transformer.transformer_blocks):
-        block.recompute = place % interval == 0  # pyright: ignore[reportArgumentType]
-    keep_random_state = transformer.config["dropout"] > 0
-
-    def run(block: Any, *args: Any) -> Any:
-        if not block.recompute:
-            return block(*args)
-        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=keep_random_state)
-
-    transformer.enable_gradient_checkpointing(gradient_checkpointing_func=run)
-
-
-def freeze(transformer: Any, dtype: torch.dtype, *, autocast: bool) -> Any:
+def freeze(transformer: Any, dtype: torch.dtype, *, autocast: torch.dtype | None) -> Any:
     """A SanaTransformer2DModel, in place, as a frozen reference beside one that trains with weights in `dtype`.
 
-    autocast: both compute in bf16 beside fp32 weights. Matrices and convolutions are kept in bf16 then: autocast casts
-    them at every use, so that half the memory gives the very same predictions.
+    autocast: what both compute in beside fp32 weights; None = fp32. Matrices and convolutions are kept in it then:
+    autocast casts them at every use, so that half the memory gives the very same predictions. fp16 leaves the caption
+    path in fp32 (model.half).
     """
     transformer.eval().requires_grad_(False)
     transformer.disable_gradient_checkpointing()
     if dtype != torch.float32:
         return transformer.to(dtype)
-    if autocast:
-        for module in transformer.modules():
-            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
-                module.to(torch.bfloat16)
+    if autocast is not None:
+        spared = CAPTION_PATH if autocast == torch.float16 else ()
+        for name, module in transformer.named_modules():
+            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and not name.startswith(spared):
+                module.to(autocast)
     return transformer
 
 

@@ -82,6 +82,10 @@ class Checkpoints:
         self._held_step = progress.step
         return Saved(progress, str(path), time.perf_counter() - started, tuple(removed))
 
+    def held(self) -> Checkpoint | None:
+        """The checkpoint that this run saved or restored last; None before the first."""
+        return None if self._held_step is None else folders.read(self.output_dir / folders.folder_name(self._held_step))
+
     def save_if_newer(self, parts: Parts, progress: Progress) -> Saved | None:
         """Save unless this very step was just saved or restored, or nothing was trained yet."""
         if progress.step == 0 or progress.step == self._held_step:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sana_tune.errors import Problem, UserError
+from sana_tune.hardware import no_fp16_on_cpu
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,7 +27,7 @@ def resolve_device(wanted: str) -> str:
 
 
 def make_accelerator(wanted: str, mixed_precision: str) -> Accelerator:
-    """The Accelerator of a run. mixed_precision: "bf16" or "no".
+    """The Accelerator of a run. mixed_precision: "bf16", "fp16" (not on a CPU: UserError) or "no".
 
     Accelerate keeps its settings once per process; they are forgotten first, so that a second run in one process
     may have another precision.
@@ -35,5 +36,9 @@ def make_accelerator(wanted: str, mixed_precision: str) -> Accelerator:
     from accelerate.state import AcceleratorState
 
     device = resolve_device(wanted)
+    if device == "cpu" and mixed_precision == "fp16":
+        raise UserError(no_fp16_on_cpu())
     AcceleratorState._reset_state()
-    return Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision)
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision)
+    accelerator.scaler = None  # the step scales the loss itself (train.scale)
+    return accelerator

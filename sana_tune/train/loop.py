@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from sana_tune.errors import Problem, UserError
+from sana_tune.log import log
 from sana_tune.progress import Every, Progress, due
 from sana_tune.train.checkpoint import Checkpoints
 from sana_tune.train.folders import Checkpoint
 from sana_tune.train.signals import Stop
-from sana_tune.train.step import Parts, StepResult, summed, train_step
+from sana_tune.train.step import Parts, StepResult, passed_over, summed, train_step
 from sana_tune.train.validate import NoValidator, Validator
 from sana_tune.watch.events import Finished, Started, Stepped, Stopped
 from sana_tune.watch.sinks import Watcher
@@ -61,7 +62,7 @@ def fit(
     Returns the last position. Raises Interrupted after saving when a stop was asked for, UserError when the
     checkpoint does not fit, the disk is full, or `max_bad_steps` in a row are not finite.
     """
-    progress = checkpoints.restore(parts, resume)
+    progress, spoiled = checkpoints.restore(parts, resume), Spoiled(max_bad_steps)
     epochs = plan.epoch_after(plan.total_steps)
     watcher.emit(Started(progress, plan.total_steps, plan.steps_per_epoch, resume and str(resume.path), epochs))
     with stop.deferred():
@@ -73,9 +74,18 @@ def fit(
         patience = Patience(max_bad_steps)
         with closing(Timed(batches.steps(progress.step, plan.total_steps))) as steps:
             for micro_batches in steps:
-                result = train_step(parts, micro_batches, progress)
+                if progress.step in spoiled:
+                    result = passed_over(parts, micro_batches, progress)
+                else:
+                    result = train_step(parts, micro_batches, progress)
                 progress = progress.advance(result.images, plan.epoch_after(progress.step + 1))
                 watcher.emit(steps.event(progress, result))
+                if result.spoiled and (held := checkpoints.held()) is not None:
+                    spoiled.add(progress, result, held)
+                    progress = checkpoints.restore(parts, held)
+                    steps.restart(batches.steps(progress.step, plan.total_steps))
+                    watcher.emit(Started(progress, plan.total_steps, plan.steps_per_epoch, str(held.path)))
+                    continue
                 patience.check(progress, result)
                 if due(plan.save_every, progress):
                     watcher.emit(checkpoints.save(parts, progress))
@@ -135,10 +145,44 @@ class Timed:
             losses=result.losses,
         )
 
+    def restart(self, steps: Iterator[Sequence[Sample]]) -> None:
+        """Go on with other steps; those before are ended."""
+        self.close()
+        self._steps = steps
+
     def close(self) -> None:
         """End the steps (and the thread that prepares them)."""
         if isinstance(self._steps, Generator):
             self._steps.close()
+
+
+class Spoiled:
+    """Steps that are passed over: their gradients were not finite when some weights had moved (gradient release).
+
+    The run went back to a checkpoint for each of them. limit: how many a stretch between checkpoints may have.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self._steps: set[int] = set()
+
+    def __contains__(self, step: int) -> bool:
+        return step in self._steps
+
+    def add(self, progress: Progress, result: StepResult, held: Checkpoint) -> None:
+        """`progress` is right after the step. Raises UserError when there are too many since the checkpoint."""
+        self._steps.add(progress.step - 1)
+        log.warning(
+            "step %d: the gradient is not finite (loss %s), and weights had moved already "
+            "(optimizer_release_gradients): going back to %s; the step is passed over",
+            progress.step, result.loss, held.path,
+        )  # fmt: skip
+        if sum(step >= held.step for step in self._steps) >= self.limit:
+            what = f"{self.limit} steps after {held.path} had gradients that are not finite; the checkpoint is sound"
+            raise UserError(Problem(f"step {progress.step}", what, _CURE))
+
+
+_CURE = "lower learning_rate, or train with --mixed_precision no to see whether precision is the cause"
 
 
 class Patience:
@@ -152,9 +196,9 @@ class Patience:
         """Count one step. Raises UserError with the last numbers when the limit is reached."""
         self._bad = self._bad + 1 if result.skipped else 0
         if self._bad >= self.limit:
+            sound = "there is no checkpoint yet" if result.spoiled else "none of them moved a weight"
             what = (
                 f"{self._bad} steps in a row had numbers that are not finite (loss {result.loss}, gradient norm "
-                f"{result.grad_norm}); none of them moved a weight, so the checkpoints are sound"
+                f"{result.grad_norm}); {sound}{'' if result.spoiled else ', so the checkpoints are sound'}"
             )
-            fix = "lower learning_rate, or train with --mixed_precision no to see whether precision is the cause"
-            raise UserError(Problem(f"step {progress.step}", what, fix))
+            raise UserError(Problem(f"step {progress.step}", what, _CURE))

@@ -19,9 +19,14 @@ from torch import Tensor, nn
 from sana_tune.data.batch import Batch
 from sana_tune.data.records import Role, digest
 from sana_tune.model import flow
+from sana_tune.model.attention import trimmed
+from sana_tune.model.levels import Levels
 from sana_tune.progress import Progress
+from sana_tune.schedule import Schedule
 from sana_tune.train.ema import Ema, NoEma
-from sana_tune.train.optim import Schedule
+from sana_tune.train.release import Release
+from sana_tune.train.rounding import place
+from sana_tune.train.scale import LossScale, NoLossScale
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -43,6 +48,8 @@ class Parts:
     optimizer:   not wrapped; over the parameters of `bare` that require a gradient.
     shift_at:    latent positions of a picture → flow shift (model.shift.shift_for with its settings).
     max_grad_norm, clip_method: 0 = no clipping; "norm" of the whole gradient or "value" of each element.
+    scale: the loss scale of fp16. release: the weights are updated inside the backward pass; None = after it.
+    levels, objective, perturbation: how noise levels are drawn, what is minimised, and noise beyond the target's.
     base:        the untrained model, frozen; regularisation data learns what it predicts. None = its pictures.
     regularised: whether there is regularisation data: its loss is told apart then.
     """
@@ -56,6 +63,11 @@ class Parts:
     seed: int
     max_grad_norm: float = 0.1
     clip_method: Literal["norm", "value"] = "norm"
+    scale: LossScale | NoLossScale = NoLossScale()
+    release: Release | None = None
+    levels: Levels = flow.RECIPE
+    objective: flow.Objective = flow.MSE
+    perturbation: flow.Perturbation = flow.Perturbation()
     base: nn.Module | None = None
     regularised: bool = False
 
@@ -79,7 +91,8 @@ class Parts:
 class StepResult:
     """What a step came to. loss: mean over its micro-batches on all ranks; grad_norm: before clipping.
 
-    images: pictures seen on all ranks. skipped: loss or norm was not finite, so no weight was moved.
+    images: pictures seen on all ranks. skipped: loss or norm was not finite, so no weight was moved; or, with
+    `spoiled`, some weights had moved before that was known (gradient release).
     losses: with regularisation data, role → mean over the step's micro-batches of that role, if there were any.
     """
 
@@ -89,55 +102,136 @@ class StepResult:
     images: int
     skipped: bool
     losses: Mapping[str, float] = field(default_factory=dict)
+    spoiled: bool = False
 
 
-def drawn(seed: int, step: int, micro: int, shape: Sequence[int], shift: float) -> tuple[Tensor, Tensor]:
+def drawn(
+    seed: int,
+    step: int,
+    micro: int,
+    shape: Sequence[int],
+    shift: float,
+    levels: Levels = flow.RECIPE,
+    micro_batches: int = 1,
+) -> tuple[Tensor, Tensor]:
     """The noise levels [B] and the noise [B, C, h, w] of a micro-batch, fp32 on the CPU, from position alone.
 
-    step: optimizer steps done before. micro: the micro-batch's number within the step, over all ranks.
-    The levels are drawn first, then the noise, from one generator.
+    step: optimizer steps done before. micro: the micro-batch's number within the step, over all ranks, of so many
+    `micro_batches` (only stratified levels depend on these). The levels are drawn first, then the noise, from one
+    generator.
     """
-    generator = torch.Generator().manual_seed(int(digest("noise", seed, step, micro)[:8], 16))
-    sigma = flow.draw_sigmas(shape[0], shift, generator)
+    generator = _generator("noise", seed, step, micro)
+    strata = (0, 1)
+    if levels.stratified and micro_batches > 1:  # which strata are whose is drawn too, the same on every rank
+        order = torch.randperm(micro_batches, generator=_generator("strata", seed, step))
+        strata = (int(order[micro]), micro_batches)
+    sigma = flow.draw_sigmas(shape[0], shift, generator, levels, strata)
     return sigma, torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
+
+
+def perturbed(noise: Tensor, seed: int, step: int, micro: int, amount: float) -> Tensor:
+    """The noise that the picture is mixed with: `noise` and so much more, drawn from position alone. fp32, CPU."""
+    if not amount:
+        return noise
+    return noise + amount * torch.randn(noise.shape, generator=_generator("perturbation", seed, step, micro))
+
+
+def _generator(purpose: str, *position: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(digest(purpose, *position)[:8], 16))
 
 
 def train_step(parts: Parts, micro_batches: Sequence[Sample], progress: Progress) -> StepResult:
     """Do the step that follows `progress`. Skipped, and said so, when loss or gradient norm is not finite."""
+    rate = set_rate(parts, progress.step)
+    if parts.release is not None:
+        return _released_step(parts, parts.release, micro_batches, progress.step, rate)
     count = len(micro_batches)
     ranks = parts.accelerator.num_processes
     losses: list[Tensor] = []
-    for place, (micro_batch, batch) in enumerate(micro_batches):
-        last = place == count - 1
+    for number, (micro_batch, batch) in enumerate(micro_batches):
+        last = number == count - 1
         with nullcontext() if last else parts.accelerator.no_sync(parts.transformer):
-            loss = micro_loss(parts, batch, progress.step, micro_batch.index % (count * ranks)) / count
-            parts.accelerator.backward(loss)
+            micro = micro_batch.index % (count * ranks)
+            loss = micro_loss(parts, batch, progress.step, micro, count * ranks) / count
+            parts.accelerator.backward(parts.scale.scaled(loss))
         losses.append(loss.detach())
+    parts.scale.unscale(parts.trained)
     norm = clip(parts.trained, parts.max_grad_norm, parts.clip_method)
     images = sum(batch.latents.shape[0] for _, batch in micro_batches)
     roles = [batch.role for _, batch in micro_batches] if parts.regularised else []
     loss_value, norm_value, images, by_role = _read(parts, losses, norm, images, roles)
 
     good = math.isfinite(loss_value) and math.isfinite(norm_value)
-    rate = parts.schedule.apply(parts.optimizer, progress.step)
     if good:
+        parts.ema.fence()
         parts.optimizer.step()
     parts.optimizer.zero_grad(set_to_none=True)
+    parts.scale.update(good)
     if good:
         parts.ema.update(progress.step + 1)
     return StepResult(loss_value, norm_value, rate, images, not good, by_role)
 
 
-def micro_loss(parts: Parts, batch: Batch, step: int, micro: int) -> Tensor:
-    """Mean loss of one micro-batch, with its graph. Scalar fp32 on the device."""
+def set_rate(parts: Parts, step: int) -> float:
+    """Make the optimizer ready for the step that follows `step` done ones: its learning rate, which is returned."""
+    rate = parts.schedule.lr(step)
+    for group in parts.optimizer.param_groups:
+        group["lr"] = rate
+    place(parts.optimizer, step)
+    return rate
+
+
+def passed_over(parts: Parts, micro_batches: Sequence[Sample], progress: Progress) -> StepResult:
+    """The result of a step that is not done, since its gradient is known not to be finite."""
+    images = sum(batch.latents.shape[0] for _, batch in micro_batches)
+    return StepResult(math.nan, math.nan, parts.schedule.lr(progress.step), images, skipped=True)
+
+
+def _released_step(
+    parts: Parts, release: Release, micro_batches: Sequence[Sample], step: int, rate: float
+) -> StepResult:
+    """The step with gradients released. One micro-batch on one rank.
+
+    With clipping by norm the first pass tells whether all is finite, and a bad step moves nothing, as ever.
+    """
+    ((_, batch),) = micro_batches
+    images = batch.latents.shape[0]
+    roles = [batch.role] if parts.regularised else []
+
+    def backward() -> tuple[float, float, dict[str, float]]:
+        loss = micro_loss(parts, batch, step, 0)
+        parts.accelerator.backward(loss)
+        value, norm, _, by_role = _read(parts, [loss.detach()], release.norm(), images, roles)
+        return value, norm, by_role
+
+    if release.passes == 2:
+        with release.measuring():
+            loss, norm, by_role = backward()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return StepResult(loss, norm, rate, images, skipped=True, losses=by_role)
+    parts.ema.fence()
+    with release.updating():
+        loss, norm, by_role = backward()
+    good = math.isfinite(loss) and math.isfinite(norm)
+    if good:
+        parts.ema.update(step + 1)
+    return StepResult(loss, norm, rate, images, skipped=not good, losses=by_role, spoiled=not good)
+
+
+def micro_loss(parts: Parts, batch: Batch, step: int, micro: int, micro_batches: int = 1) -> Tensor:
+    """Mean loss of one micro-batch of the step's `micro_batches`, with its graph. Scalar fp32 on the device."""
     shape = batch.latents.shape
     device, dtype = parts.accelerator.device, parts.input_dtype
-    levels, gauss = drawn(parts.seed, step, micro, shape, parts.shift_at(shape[-2] * shape[-1]))
+    shift = parts.shift_at(shape[-2] * shape[-1])
+    levels, gauss = drawn(parts.seed, step, micro, shape, shift, parts.levels, micro_batches)
+    mixed_in = perturbed(gauss, parts.seed, step, micro, parts.perturbation.at(step))
     x0, sigma, noise = to_device(batch.latents, device), to_device(levels, device), to_device(gauss, device)
+    mixed = noise if mixed_in is gauss else to_device(mixed_in, device)
+    text, text_mask = trimmed(batch.text, batch.text_mask)
     inputs = {
-        "hidden_states": flow.noised(x0, noise, sigma).to(dtype),
-        "encoder_hidden_states": to_device(batch.text, device).to(dtype),
-        "encoder_attention_mask": to_device(batch.text_mask, device),
+        "hidden_states": flow.noised(x0, mixed, sigma).to(dtype),
+        "encoder_hidden_states": to_device(text, device).to(dtype),
+        "encoder_attention_mask": None if text_mask is None else to_device(text_mask, device),
         "timestep": flow.timestep(sigma),
         "return_dict": False,
     }
@@ -148,7 +242,7 @@ def micro_loss(parts: Parts, batch: Batch, step: int, micro: int) -> Tensor:
         with torch.no_grad(), parts.accelerator.autocast():
             wanted = parts.base(**inputs)[0]
     mask = None if batch.loss_mask is None else to_device(batch.loss_mask, device)
-    return flow.loss(prediction, wanted, mask).mean
+    return flow.loss(prediction, wanted, mask, sigma, parts.objective).mean
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -159,12 +253,13 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def clip(parameters: Sequence[nn.Parameter], limit: float, method: Literal["norm", "value"]) -> Tensor:
-    """Clip the gradients in place and return their norm before that (a scalar on the device)."""
-    if method == "norm" and limit > 0:
-        return nn.utils.clip_grad_norm_(parameters, limit)
+    """Clip the gradients in place and return their norm before that (an fp32 scalar on the device)."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    if limit > 0:
+    # In fp32, also of bf16 gradients: bf16 would round the norm by up to 0.4 %.
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
+    if method == "norm" and limit > 0:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    elif limit > 0:
         torch._foreach_clamp_min_(gradients, -limit)
         torch._foreach_clamp_max_(gradients, limit)
     return norm

@@ -7,6 +7,7 @@ import re
 import time
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -118,9 +119,9 @@ class Validator:
         failed: list[str] = []
         log.info("Drawing the pictures of step %d", progress.step)
         try:
-            for suffix, weights in parts.ema.views():
-                if suffix and progress.step == 0:
-                    continue  # the average still is the base model
+            # at the start the average still is the base model, whichever of the two is to be shown
+            views = parts.ema.views() if progress.step else [("", nullcontext())]
+            for suffix, weights in views:
                 with weights:
                     for picture in self.pictures:
                         if self._stopped():

@@ -83,22 +83,27 @@ def heldout_losses(pipeline: SanaPipeline, folder: Path = HELDOUT) -> NDArray[np
     """
     losses = []
     for number, path in enumerate(sorted(folder.glob("*.png"))):
-        pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None]
-        latent = pipeline.vae.encode(pixels / 127.5 - 1).latent * pipeline.vae.config.scaling_factor
+        clean = latent(pipeline, path)
         embeds, mask = caption_embeds(pipeline, path.with_suffix(".txt").read_text(encoding="utf-8"))
         count = len(SIGMAS) * NOISES
         generator = torch.Generator().manual_seed(number)
-        noise = torch.randn((count, *latent.shape[1:]), generator=generator)
+        noise = torch.randn((count, *clean.shape[1:]), generator=generator)
         sigma = torch.tensor(SIGMAS).repeat(NOISES).view(-1, 1, 1, 1)
         velocity = pipeline.transformer(
-            (1 - sigma) * latent + sigma * noise,
+            (1 - sigma) * clean + sigma * noise,
             encoder_hidden_states=embeds.expand(count, -1, -1),
             encoder_attention_mask=mask.expand(count, -1),
             timestep=1000 * sigma.flatten(),
             return_dict=False,
         )[0]
-        losses.append(float((velocity - (noise - latent)).square().mean()))
+        losses.append(float((velocity - (noise - clean)).square().mean()))
     return np.array(losses)
+
+
+def latent(pipeline: SanaPipeline, path: Path) -> Tensor:
+    """The latent of a picture as the model is trained on it: [1, C, h, w]."""
+    pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None]
+    return pipeline.vae.encode(pixels / 127.5 - 1).latent * pipeline.vae.config.scaling_factor
 
 
 def caption_embeds(pipeline: SanaPipeline, caption: str) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sana_tune.config.choices import (
+    LR_CYCLES_USED_BY,
     LR_END_DEFAULTS,
     LR_POWER_USED_BY,
     LR_SCHEDULERS,
@@ -22,6 +23,6 @@ def test_names_are_described() -> None:
 
 
 def test_schedules_are_named_alike_everywhere() -> None:
-    assert LR_END_DEFAULTS == {"polynomial": 4e-7, "cosine": 0.0}
-    assert {*LR_END_DEFAULTS, *LR_POWER_USED_BY} <= set(LR_SCHEDULERS)
+    assert LR_END_DEFAULTS == {"polynomial": 4e-7, "cosine": 0.0, "cosine_with_restarts": 0.0}
+    assert {*LR_END_DEFAULTS, *LR_POWER_USED_BY, *LR_CYCLES_USED_BY} <= set(LR_SCHEDULERS)
     assert not set(REFUSED_LR_SCHEDULERS) & set(LR_SCHEDULERS)

@@ -17,7 +17,16 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from sana_tune.config.caption_edits import SPLITS
-from sana_tune.config.choices import CAPTION_STRATEGIES, LR_SCHEDULERS, OPTIMIZERS
+from sana_tune.config.choices import (
+    CAPTION_STRATEGIES,
+    CHECKPOINTING_BACKENDS,
+    HUBER_SCHEDULES,
+    LOSS_TYPES,
+    LOSS_WEIGHTINGS,
+    LR_SCHEDULERS,
+    NOISE_DISTRIBUTIONS,
+    OPTIMIZERS,
+)
 from sana_tune.config.datasets import ImageDataset
 from sana_tune.config.files import resolve
 from sana_tune.config.load import Loaded, load, parse_overrides
@@ -47,7 +56,12 @@ OF_KEYS: dict[str, st.SearchStrategy[Any]] = {
     "sana_complex_human_instruction": TEXT | st.lists(TEXT, min_size=1, max_size=3),
     "crop_aspect_buckets": st.lists(st.sampled_from([0.5, 0.75, 1.0, 1.5]), min_size=1, max_size=3, unique=True),
     "resolution": st.integers(32, 2048),
-    "learning_rate": st.floats(1e-6, 10),  # above where the schedules end
+    "learning_rate": st.floats(1e-6, 1.0),  # above the ends of all schedules
+    "gradient_checkpointing_backend": st.sampled_from(sorted(CHECKPOINTING_BACKENDS)),
+    "loss_type": st.sampled_from(sorted(LOSS_TYPES)),
+    "huber_schedule": st.sampled_from(sorted(HUBER_SCHEDULES)),
+    "loss_weighting": st.sampled_from(sorted(LOSS_WEIGHTINGS)),
+    "flow_distribution": st.sampled_from(sorted({*NOISE_DISTRIBUTIONS} - {"custom"})),
     "probability": st.floats(0, 1e4, exclude_min=True, allow_subnormal=False),
     "alpha_ground": st.sampled_from(["#0a1B2c", "#fff", "white", "rebeccapurple"]),
     "caption_shuffle": st.fixed_dictionaries(
@@ -67,7 +81,10 @@ BY_HAND = {"pretrained_model_name_or_path", "data_backend_config", "id", "instan
            "minimum_aspect_ratio", "maximum_aspect_ratio", "crop_aspect_buckets", "instance_prompt", "weights_dtype",
            "prepend_instance_prompt", "only_instance_prompt", "max_upscale_threshold", "type", "metadata_backend",
            "conditioning_data", "text_embeds", "start_epoch", "start_step", "end_epoch", "end_step",
-           *SourceSettings.model_fields}  # fmt: skip
+           *SourceSettings.model_fields,
+           "flow_custom_timesteps", "flow_use_uniform_schedule", "flow_use_beta_schedule", "snr_gamma",
+           "optimizer_config", "optimizer_release_gradients", "lr_scale_sqrt",
+           "gradient_checkpointing_segment_stride", "dynamo_backend"}  # fmt: skip
 
 
 def values_of(info: FieldInfo) -> st.SearchStrategy[Any]:

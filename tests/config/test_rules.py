@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 
 from sana_tune.config.load import load
-from sana_tune.config.rules import bf16_needs_kahan, check_rules, downsample_needs_both, needs_instance_prompt
+from sana_tune.config.rules import (
+    bf16_keeps_its_rest,
+    check_rules,
+    distribution_of,
+    downsample_needs_both,
+    needs_instance_prompt,
+)
 from tests.config.helpers import load_with, problems_of, write_list
 
 
@@ -23,9 +29,9 @@ def test_each_rule_can_fail(tmp_path: Path) -> None:
     config, dataset = loaded.config, loaded.datasets[0]
     assert needs_instance_prompt(config, dataset.model_copy(update={"prepend_instance_prompt": True}))
     assert downsample_needs_both(config, dataset.model_copy(update={"crop": True, "maximum_image_size": 64.0}))
-    assert bf16_needs_kahan(config) is None
-    adamw = config.optimizer.model_copy(update={"optimizer": "torch-adamw"})
-    assert bf16_needs_kahan(config.model_copy(update={"optimizer": adamw}))
+    assert bf16_keeps_its_rest(config) is None
+    without = config.optimizer.model_copy(update={"optimizer_config": "kahan_sum=false"})
+    assert bf16_keeps_its_rest(config.model_copy(update={"optimizer": without}))
 
 
 def test_what_a_role_leaves_without_effect_is_said(tmp_path: Path) -> None:
@@ -152,7 +158,7 @@ def test_settings_of_another_schedule_are_noted(tmp_path: Path) -> None:
         return [line for line in load_with(tmp_path, config).notes if line.startswith("lr_")]
 
     assert notes(lr_scheduler="linear", lr_end=1e-7) == [
-        "lr_end has no effect with lr_scheduler linear: polynomial and cosine use it"
+        "lr_end has no effect with lr_scheduler linear: polynomial, cosine and cosine_with_restarts use it"
     ]
     assert notes(lr_scheduler="cosine", lr_power=2) == [
         "lr_power has no effect with lr_scheduler cosine: it is for polynomial"
@@ -164,12 +170,151 @@ def test_settings_of_another_schedule_are_noted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "messages"),
     [
-        ("sine", ("the learning-rate schedule 'sine' cannot be used", "use cosine")),
-        ("cosine_with_restarts", ("'cosine_with_restarts' is not built yet", "use cosine")),
-        ("inverse_sqrt", ("'inverse_sqrt' is not built yet", "use cosine or polynomial")),
+        ("sine", ("'sine' cannot be used here", "use cosine")),
         ("polynominal", ("did you mean 'polynomial'?",)),
     ],
 )
 def test_schedules_there_are_not(tmp_path: Path, name: str, messages: tuple[str, ...]) -> None:
     told = problems_of(tmp_path, {"lr_scheduler": name})
     assert all(message in told for message in messages)
+
+
+# ---- noise levels and loss ----
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"flow_use_uniform_schedule": True, "flow_use_beta_schedule": True},
+         "noise levels are drawn from one distribution; found flow_use_uniform_schedule (uniform) and "
+         "flow_use_beta_schedule (beta)\n  → keep one of them"),
+        ({"flow_distribution": "mode", "flow_custom_timesteps": "0.5,1"},
+         "found flow_distribution (mode) and flow_custom_timesteps (custom)"),
+        ({"flow_distribution": "custom"}, "custom needs flow_custom_timesteps"),
+        ({"snr_gamma": 5, "loss_weighting": "cosmap"}, "snr_gamma is a weighting itself; found loss_weighting cosmap"),
+        ({"loss_weighting": "logit_normal"}, "use flow_distribution logit-normal"),
+        ({"loss_weighting": "min_snr"}, "use snr_gamma 5"),
+        ({"flow_distribution": "unifrom"}, "did you mean 'uniform'?"),
+        ({"flow_custom_timesteps": "0.5,0"}, "noise levels are numbers above 0"),
+        ({"flow_mode_scale": 2}, "flow_mode_scale"),
+        ({"offset_noise": True}, "offset_noise: cannot be used"),
+        ({"timestep_bias_strategy": "later"}, "use flow_distribution and flow_schedule_shift"),
+        ({"flow_timesteps_mode": "x"}, "use flow_distribution"),
+        ({"flow_cubic_schedule_weights": "1,2"}, "use flow_distribution beta"),
+    ],
+)  # fmt: skip
+def test_noise_levels_and_losses_that_contradict_each_other(tmp_path: Path, config: dict[str, Any], message: str):
+    told = problems_of(tmp_path, config)
+    assert message in told and "  → " in told
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        ({}, "logit-normal"),
+        ({"flow_distribution": "logit_normal", "flow_logit_mean": -1}, "logit-normal"),
+        ({"flow_use_uniform_schedule": "true"}, "uniform"),
+        ({"flow_use_uniform_schedule": True, "flow_distribution": "uniform"}, "uniform"),
+        ({"flow_use_beta_schedule": True, "flow_beta_schedule_alpha": 3.0}, "beta"),
+        ({"flow_custom_timesteps": [1000, 500]}, "custom"),
+        ({"flow_custom_timesteps": "", "flow_distribution": ""}, "logit-normal"),
+        # what files of SimpleTuner hold beside the rest is no contradiction
+        ({"loss_type": "l2", "snr_gamma": 0, "noise_offset": 0.1, "offset_noise": False, "ema_device": "cpu"},
+         "logit-normal"),
+    ],
+)  # fmt: skip
+def test_one_distribution_is_chosen(tmp_path: Path, config: dict[str, Any], kind: str):
+    loaded = load_with(tmp_path, config)
+    assert distribution_of(loaded.config) == kind
+    assert [note for note in loaded.notes if note.startswith(("flow_", "huber_", "input_"))] == []
+
+
+@pytest.mark.parametrize(
+    ("config", "note"),
+    [
+        ({"flow_logit_std": 2, "flow_use_uniform_schedule": True},
+         "flow_logit_std has no effect with noise levels of the distribution uniform: it is for logit-normal"),
+        ({"flow_beta_schedule_beta": 3}, "flow_beta_schedule_beta has no effect with noise levels of the distribution"),
+        ({"flow_custom_timesteps": "0.5", "flow_schedule_shift": 3}, "flow_custom_timesteps are taken as they are"),
+        ({"huber_c": 0.5}, "huber_c has no effect with loss_type l2"),
+        ({"huber_schedule": "constant"}, "huber_schedule has no effect with loss_type l2"),
+        ({"use_soft_min_snr": True}, "use_soft_min_snr has no effect without snr_gamma"),
+        ({"input_perturbation_steps": 10}, "input_perturbation_steps has no effect without input_perturbation"),
+    ],
+)  # fmt: skip
+def test_settings_of_another_distribution_or_loss_are_noted(tmp_path: Path, config: dict[str, Any], note: str):
+    assert any(line.startswith(note) for line in load_with(tmp_path, config).notes)
+
+
+# ---- optimizers and precision ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weights_dtype": "bf16", "optimizer_config": "kahan_sum=false"},
+         "weights_dtype: bf16 weights need what rounding to the nearest loses to be kept; without Kahan summation "
+         "about 85 % of the weights would not move in a step at a learning rate of 1e-05"),
+        ({"weights_dtype": "bf16", "optimizer_config": "kahan_sum=false", "learning_rate": 1e-4}, "about 12 % of the"),
+        ({"mixed_precision": "fp16", "weights_dtype": "bf16"}, "fp16 needs fp32 weights; found weights_dtype bf16"),
+        ({"optimizer_config": "aplha=2", "optimizer": "bnb-ademamix"},
+         "bnb-ademamix has no option aplha\n  → did you mean alpha?"),
+        ({"optimizer_config": "alpha=2"}, "optimi-adamw has no option alpha"),
+        ({"optimizer_config": "kahan_sum=1"}, "kahan_sum must be true or false; found 1\n  → such as"),
+        ({"optimizer_config": "k=2.5", "optimizer": "optimi-ranger"}, "k must be a whole number; found 2.5"),
+        ({"optimizer_config": "eps=small"}, "eps must be a number; found small"),
+        ({"optimizer_config": "beta1=1"}, "beta1 must be at least 0 and below 1; found 1"),
+        ({"optimizer_config": "d=0.5", "optimizer": "torch-adafactor"}, "d must be 1 or more; found 0.5"),
+        ({"optimizer_config": "beta2_decay=1", "optimizer": "torch-adafactor"}, "beta2_decay must be 0 or less"),
+        ({"optimizer_config": "nesterov=true", "optimizer": "torch-sgd"}, "nesterov needs a momentum above 0"),
+        ({"optimizer_config": "beta1=0.8", "optimizer_beta1": 0.7}, "beta1 stands in optimizer_config too"),
+        ({"optimizer_config": "beta1"}, 'must be "name=value,name=value"; found \'beta1\''),
+        ({"optimizer_config": "beta1=0.1,beta1=0.2"}, "beta1 stands there twice"),
+        ({"lr_scale": True, "lr_scale_sqrt": True}, "found lr_scale_sqrt beside it"),
+        ({"optimizer_release_gradients": True, "gradient_accumulation_steps": 2},
+         "needs gradient_accumulation_steps 1: a gradient that is freed cannot be added to; found 2"),
+        ({"optimizer_release_gradients": True, "mixed_precision": "fp16"}, "cannot be used with mixed_precision fp16"),
+        ({"optimizer": "prodigy"}, "there is none of this name here; the nearest is optimi-adamw"),
+        ({"optimizer": "ao-adamw8bit"}, "the nearest is bnb-adamw8bit"),
+    ],
+)  # fmt: skip
+def test_a_contradiction_of_the_optimizer_is_told(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    assert message in problems_of(tmp_path, settings, {})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"weights_dtype": "bf16", "optimizer": "torch-adamw"},
+        {"weights_dtype": "bf16", "optimizer": "bnb-lion-8bit-paged"},
+        {"optimizer": "optimi-sgd", "optimizer_config": "momentum=0.9, dampening=true"},
+        {"optimizer_config": {"beta1": 0.8, "kahan_sum": True}},
+        {"mixed_precision": "fp16"},
+        {"optimizer_release_gradients": True, "max_grad_norm": 0},
+        {"gradient_checkpointing_interval": 3, "gradient_checkpointing_segment_stride": 3},
+        {"gradient_checkpointing_backend": "selective", "dynamo_backend": "no"},
+        {"gradient_checkpointing_backend": "torch", "dynamo_backend": "inductor"},
+    ],
+)
+def test_what_goes_together_passes(settings: dict[str, Any], tmp_path: Path) -> None:
+    loaded = load_with(tmp_path, settings)
+    assert not [
+        note for note in loaded.notes if "optimizer" in note and "unlike" not in note and "defaults" not in note
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        ({"optimizer": "optimi-lion", "optimizer_epsilon": 1e-8}, "optimizer_epsilon has no effect with optimi-lion"),
+        ({"optimizer": "torch-sgd", "optimizer_beta1": 0.8}, "optimizer_beta1 has no effect with torch-sgd"),
+        ({"lr_num_cycles": 3}, "lr_num_cycles has no effect with lr_scheduler constant_with_warmup"),
+        (
+            {"gradient_checkpointing": False, "gradient_checkpointing_backend": "selective"},
+            "gradient_checkpointing_backend has no effect: gradient_checkpointing is off",
+        ),
+        ({"optimizer_release_gradients": True}, "two forward and backward passes a step, about twice the time"),
+    ],
+)
+def test_what_does_nothing_or_costs_is_noted(settings: dict[str, Any], note: str, tmp_path: Path) -> None:
+    assert any(note in told for told in load_with(tmp_path, settings).notes)

@@ -13,6 +13,7 @@ from sana_tune.config.values import (
     nearest,
     parse_aspect_buckets,
     parse_instruction,
+    parse_levels,
     parse_resolutions,
 )
 
@@ -107,3 +108,26 @@ def test_instruction_in_all_its_forms(tmp_path: Path) -> None:
     assert parse_instruction(str(path)) == "from a file "
     with pytest.raises(ValueError, match="does not exist"):
         parse_instruction("missing.txt")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("0.25,0.5,1", (0.25, 0.5, 1.0)),
+        ("1000, 250,500", (0.25, 0.5, 1.0)),
+        ([1, 2, 2], (0.001, 0.002, 0.002)),
+        ([0.5, "0.25"], (0.25, 0.5)),
+        (0.5, (0.5,)),
+        (750, (0.75,)),
+        ("", None), ([], None), (None, None),
+    ],
+)  # fmt: skip
+def test_noise_levels_and_timesteps(value, expected):
+    assert parse_levels(value) == expected
+    assert parse_levels(parse_levels(value)) == expected, "what a run writes down reads the same"
+
+
+@pytest.mark.parametrize("value", ["0.5,", "a", "0,1", "1001", [-0.5], [[1]], {"a": 1}, True, "nan", 10**400])
+def test_what_are_no_noise_levels(value):
+    with pytest.raises(ValueError, match="noise levels are numbers above 0"):
+        parse_levels(value)

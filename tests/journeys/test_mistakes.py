@@ -153,7 +153,7 @@ MISTAKES: dict[str, tuple[Change, str, tuple[str, ...]]] = {
     "a flag without value": (nothing, "--max_train_steps", ("max_train_steps: needs a value; found none",)),
     "a flag without value before another": (nothing, "--seed --max_train_steps 3", ("seed: needs a value",)),
     "a stray word": (nothing, "tain", ("'tain' is no --key value",)),
-    "unknown optimizer": (nothing, "--optimizer adamw", ("optimizer", "did you mean 'torch-adamw'?", "optimi-adamw")),
+    "unknown optimizer": (nothing, "--optimizer adamw", ("optimizer", "the nearest is optimi-adamw")),
     "LoRA": (nothing, "--model_type lora", ("'lora' is not built yet", "use full")),
     "several processes by a key": (edit(num_processes=2), "", ("num_processes: changes what is trained",)),
     # the form of the files
@@ -196,15 +196,63 @@ MISTAKES: dict[str, tuple[Change, str, tuple[str, ...]]] = {
     ),
     "an unclosed quote in a shell config": (write("config.env", "A='x"), "--config config.env", ("is not closed",)),
     # contradictions
-    "bf16 without Kahan": (nothing, "--weights_dtype bf16 --optimizer torch-adamw", ("85 %", "optimi-adamw")),
+    "bf16 without Kahan": (
+        nothing, "--weights_dtype bf16 --learning_rate 1e-5 --optimizer_config kahan_sum=false",
+        ("about 85 % of the weights would not move", "leave kahan_sum out"),
+    ),
+    "a segment shorter than its recomputed blocks": (
+        edit(gradient_checkpointing=True, gradient_checkpointing_interval=3, gradient_checkpointing_segment_stride=2),
+        "", ("a segment must not be shorter; found 2", "set it to 3 or more"),
+    ),
+    "selective blocks compiled": (
+        edit(gradient_checkpointing=True, gradient_checkpointing_backend="selective", dynamo_backend="inductor"), "",
+        ("must not be recomputed selectively when they are compiled", "gradient_checkpointing_interval if memory"),
+    ),
+    "checkpointing of another trainer": (
+        nothing, "--gradient_checkpointing_backend unsloth", ("there is next to nothing to save; use torch",)
+    ),
+    "a compiler of another trainer": (nothing, "--dynamo_backend cudagraphs", ("no compiler", "known: no, inductor")),
+    "fp16 on a CPU": (nothing, "--mixed_precision fp16", ("fp16 needs a GPU", "use mixed_precision no")),
+    "fp16 with bf16 weights": (
+        edit(mixed_precision="fp16", weights_dtype="bf16"), "", ("fp16 needs fp32 weights", "use mixed_precision bf16")
+    ),
+    "an optimizer of another trainer": (nothing, "--optimizer prodigy", ("the nearest is optimi-adamw",)),
+    "an option of another optimizer": (
+        edit(optimizer_config="alpha=2"), "", ("optimi-adamw has no option alpha", "kahan_sum")
+    ),
+    "an option of another kind": (edit(optimizer_config="eps=small"), "", ("eps must be a number; found small",)),
+    "options that are none": (edit(optimizer_config="beta1 0.9"), "", ('must be "name=value,name=value"',)),
+    "an option twice": (edit(optimizer_config="beta1=0.9", optimizer_beta1=0.8), "", ("beta1 stands in", "keep one")),
+    "nesterov without momentum": (
+        edit(optimizer="torch-sgd", optimizer_config="nesterov=true"), "", ("needs a momentum above 0",)
+    ),
+    "two scales": (edit(lr_scale=True, lr_scale_sqrt=True), "", ("found lr_scale_sqrt beside it", "keep one of them")),
+    "released and accumulated": (
+        edit(optimizer_release_gradients=True, gradient_accumulation_steps=2), "",
+        ("needs gradient_accumulation_steps 1", "larger train_batch_size"),
+    ),
+    "released in fp16": (
+        edit(optimizer_release_gradients=True, mixed_precision="fp16"), "",
+        ("cannot be used with mixed_precision fp16", "use mixed_precision bf16"),
+    ),
     "an end above the start": (
         edit(lr_scheduler="polynomial", learning_rate=1e-6, lr_end=1e-5), "", ("lr_end", "learning_rate")
     ),
     "sine": (nothing, "--lr_scheduler sine", ("lr_scheduler", "cosine")),
-    "fp16": (nothing, "--mixed_precision fp16", ("'fp16' is not built yet", "use bf16")),
+    "fp8": (nothing, "--mixed_precision fp8", ("'fp8' is not built yet", "use bf16")),
     "quantised and full": (edit(base_model_precision="nf4-bnb"), "", ("base_model_precision: changes what is",)),
     "a flavour": (edit(model_flavour="sana1.0-1.6b-1024"), "", ("model_flavour", "pretrained_model_name_or_path")),
     "deleting": (edit(BACKENDS, delete_unwanted_images=True), "", ("nothing is ever deleted",)),
+    "two distributions of noise": (
+        edit(flow_use_uniform_schedule=True, flow_distribution="mode"), "",
+        ("drawn from one distribution", "flow_distribution (mode) and flow_use_uniform_schedule (uniform)"),
+    ),
+    "a table of no noise levels": (nothing, "--flow_distribution custom", ("custom needs flow_custom_timesteps",)),
+    "noise levels that are none": (nothing, "--flow_custom_timesteps 0.5,2000", ("up to 1000", "found '2000'")),
+    "two weightings": (edit(snr_gamma=5, loss_weighting="cosmap"), "", ("snr_gamma is a weighting itself",)),
+    "a weighting that is none": (edit(loss_weighting="logit_normal"), "", ("cannot be used", "use flow_distribution")),
+    "offset noise": (edit(offset_noise=True, noise_offset=0.1), "", ("offset_noise: cannot be used", "pure noise")),
+    "biased timesteps": (edit(timestep_bias_strategy="earlier"), "", ("timestep_bias_strategy: cannot be used",)),
     # datasets
     "an empty list of datasets": (write(BACKENDS, []), "", ("at least one dataset of pictures must be enabled",)),
     "all datasets disabled": (edit(BACKENDS, disabled=True), "", ("at least one dataset of pictures must be enabled",)),
@@ -445,7 +493,7 @@ def test_a_mistake_is_told_by_a_program_that_never_loaded_torch(place):
     """As users start it: one that shows before the run's folder is made, and one of the last to be found."""
     begin = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from sana_tune.cli.main import exit_code; "
     code = begin + "code = exit_code(sys.argv[1:]); print('torch' in sys.modules); sys.exit(code)"
-    for flags, expected in ((["--optimizer", "adam"], "no optimizer"), (["--max_train_steps", "1000000000"], "free")):
+    for flags, expected in ((["--optimizer", "adamm"], "no optimizer"), (["--max_train_steps", "1000000000"], "free")):
         flags = [*flags, "--checkpoint_step_interval", "1", "--checkpoints_total_limit", "0"]
         ran = subprocess.run([sys.executable, "-c", code, "train", *flags], capture_output=True, text=True, cwd=place)
         assert ran.returncode == 1 and expected in ran.stderr and "Traceback" not in ran.stderr

@@ -27,6 +27,7 @@ from sana_tune.model.sana import load_vae
 from sana_tune.output import Output
 from sana_tune.prepare import Prepared, prepare
 from sana_tune.run import batches_of, open_caches, run
+from sana_tune.train.optim import parameter_groups
 from sana_tune.watch.events import CacheProgress, Event, Started, Validated
 from scripts.nano import draw
 from tests.fixtures import SCALING_FACTOR, cached_sana
@@ -170,7 +171,11 @@ def by_hand(asked: Asked, data: dict, course: Sequence) -> tuple[dict[str, Tenso
     """The recipe written out: weights and their average, and each step's loss, rate and gradient norm."""
     model = SanaTransformer2DModel.from_pretrained(asked.folder, subfolder="transformer").train()
     if asked.optimizer == "torch-adamw":
-        optimizer = torch.optim.AdamW(model.parameters(), asked.lr, betas=(0.9, 0.999), weight_decay=0.01, eps=1e-8)
+        tables = {id(weight) for name, weight in model.named_parameters() if "scale_shift_table" in name}
+        decays = [weight for weight in model.parameters() if weight.ndim > 1 and id(weight) not in tables]
+        others = [weight for weight in model.parameters() if weight.ndim <= 1 or id(weight) in tables]
+        groups = [{"params": decays}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, asked.lr, betas=(0.9, 0.999), weight_decay=0.01, eps=1e-8)
     else:
         optimizer = optimi.AdamW(model.parameters(), asked.lr, betas=(0.9, 0.99), weight_decay=0.0, eps=1e-6)
     average = {name: weight.detach().clone() for name, weight in model.named_parameters()}
@@ -199,7 +204,9 @@ def by_hand(asked: Asked, data: dict, course: Sequence) -> tuple[dict[str, Tenso
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), asked.clip)
         done = max(0, step - asked.warmup) / (asked.steps - asked.warmup)
         fall = 1 - done if asked.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-        rate = optimizer.param_groups[0]["lr"] = asked.lr * min((step + 1) / asked.warmup, fall)
+        rate = asked.lr * min((step + 1) / asked.warmup, fall)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
         keep = min(asked.decay, (2 + step) / (11 + step))
@@ -331,7 +338,10 @@ def test_bf16_weights_move_at_a_small_rate(model, tmp_path):
 
     state = state_of(output / "checkpoint-8")
     moved, total, rounded = 0, 0, 0
-    for number, (name, weight) in enumerate(exact.named_parameters()):
+    names = {id(weight): name for name, weight in exact.named_parameters()}
+    ordered = [each for group in parameter_groups(exact.named_parameters()) for each in group["params"]]
+    for number, weight in enumerate(ordered):
+        name = names[id(weight)]
         now, compensation = state[f"transformer/{name}"], state[f"optimizer/state/{number}/kahan_comp"]
         assert now.dtype == compensation.dtype == torch.bfloat16
         before = weight.detach().bfloat16()

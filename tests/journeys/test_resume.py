@@ -63,6 +63,23 @@ MIXED = {"instance_data_dir": "mixed", "repeats": 1, "probability": 0.5}
 SCENARIOS: Mapping[str, tuple[tuple[Mapping[str, Any], ...], Mapping[str, Any]]] = {
     "plain": ((SQUARES,), {}),
     "bf16 weights": ((SQUARES,), {"weights_dtype": "bf16"}),
+    "8-bit, released": (
+        (SQUARES,),
+        {
+            "weights_dtype": "bf16",
+            "optimizer": "bnb-lion8bit",
+            "optimizer_release_gradients": True,
+            "max_grad_norm": 0.0,
+            "learning_rate": 1e-4,
+            "lr_scheduler": "cosine_with_restarts",
+            "lr_num_cycles": 2,
+            "lr_scale_sqrt": True,
+        },
+    ),
+    "CAME, two passes": (
+        (SQUARES,),
+        {"optimizer": "came", "optimizer_release_gradients": True, "lr_scheduler": "inverse_sqrt", "use_ema": True},
+    ),
     "accumulation": ((SQUARES,), {"gradient_accumulation_steps": 2, "use_ema": True}),
     "everything": (
         (SQUARES, MIXED),

@@ -1,41 +1,139 @@
-"""Linear attention: diffusers' result in fp32, and still in fp32 under autocast and in bf16."""
+"""Attention and feed-forward: diffusers' results and gradients, in fp32 where it must be, yielding to adapters."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import SanaTransformer2DModel
 from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
+from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
+from torch import Tensor, nn
 
-from sana_tune.model.attention import EPS, LinearAttention, install, mix, published
+from sana_tune.model import attention
+from sana_tune.model.attention import EPS, CrossAttention, LinearAttention, attend, gated, install, published, trimmed
+from sana_tune.model.fetch import locate
 from tests.fixtures import tiny_transformer
 
+SIZES = ((3, 5), (2, 2))
 
-def inputs(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+
+@pytest.fixture(autouse=True, params=["small", "large"])
+def _size(request, monkeypatch):
+    """Everything holds for both ways to compute: by hand, as large tensors are, and by autograd."""
+    monkeypatch.setattr(attention, "LARGE", 0 if request.param == "large" else 2**40)
+
+
+def nano() -> SanaTransformer2DModel:
+    return SanaTransformer2DModel.from_pretrained(locate("nano"), subfolder="transformer")
+
+
+MODELS = {
+    "nano": nano,
+    "plain": tiny_transformer,
+    "qk_norm": lambda: tiny_transformer(qk_norm=True),
+    "2K, positional embedding": lambda: tiny_transformer(pos_embed=True),
+}
+
+
+def inputs(model, size=(3, 5), batch=2, full=False, dtype=torch.float32) -> dict[str, Tensor | None]:
     generator = torch.Generator().manual_seed(0)
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])[:batch]
     return {
-        "hidden_states": torch.randn(2, 32, 3, 5, generator=generator).to(dtype),
-        "encoder_hidden_states": torch.randn(2, 7, 32, generator=generator).to(dtype),
-        "encoder_attention_mask": torch.tensor([[1] * 7, [1] * 4 + [0] * 3]),
-        "timestep": torch.tensor([300.0, 899.0]),
+        "hidden_states": torch.randn(batch, model.config.in_channels, *size, generator=generator).to(dtype),
+        "encoder_hidden_states": torch.randn(batch, 7, model.config.caption_channels, generator=generator).to(dtype),
+        "encoder_attention_mask": None if full else mask,
+        "timestep": torch.tensor([300.0, 899.0])[:batch],
     }
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_equals_diffusers_in_fp32_with_gradients(qk_norm):
-    torch.manual_seed(0)
-    model = tiny_transformer(qk_norm=qk_norm)
-    results = []
-    for _ in range(2):
-        model.zero_grad()
-        out = model(**inputs(), return_dict=False)[0]
-        out.square().mean().backward()
-        results.append((out.detach(), [parameter.grad.clone() for parameter in model.parameters()]))
-        install(model)
-    (theirs, their_gradients), (ours, our_gradients) = results
-    assert not torch.equal(theirs, torch.zeros_like(theirs))
-    assert (theirs - ours).abs().max() <= 1e-5
-    for a, b in zip(their_gradients, our_gradients, strict=True):
-        assert torch.allclose(a, b, atol=1e-6, rtol=1e-4)
+def answer(model, values, autocast=False) -> tuple[Tensor, dict[str, Tensor]]:
+    """The model's output and the gradients of its weights, less one that is zero in exact arithmetic.
+
+    A softmax does not change when every key moves alike, so the bias of the keys has no gradient but rounding.
+    """
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = model(**values, return_dict=False)[0]
+    (out.float() - 0.1).square().mean().backward()
+    free = {"attn2.to_k.bias"} if model.config.qk_norm is None else set()
+    gradients = {
+        name: parameter.grad.float().clone()
+        for name, parameter in model.named_parameters()
+        if not any(name.endswith(end) for end in free)
+    }
+    return out.detach().float(), gradients
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    return float((found - truth).norm() / truth.norm())
+
+
+def whole(gradients: dict[str, Tensor]) -> Tensor:
+    return torch.cat([gradient.flatten() for gradient in gradients.values()])
+
+
+def worst(found, truth) -> float:
+    """The relative error of the output, of the whole gradient, and a fifth of that of any one weight's gradient.
+
+    A single small gradient may be the difference of large numbers, and then no two ways round it alike.
+    """
+    (out, gradients), (true_out, true_gradients) = found, truth
+    assert gradients.keys() == true_gradients.keys() and all(
+        gradient.norm() > 0 for gradient in true_gradients.values()
+    )
+    singly = max(error(gradients[name], true_gradients[name]) for name in gradients)
+    return max(error(out, true_out), error(whole(gradients), whole(true_gradients)), singly / 5)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("full", [False, True], ids=["masked", "full"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_equals_diffusers_in_fp32_forward_and_backward(kind, full, size):
+    model = MODELS[kind]()
+    values = inputs(model, size, full=full)
+    theirs = answer(model, values)
+    install(model)
+    assert worst(answer(model, values), theirs) <= 1e-5
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["fp32 masters", "bf16 weights"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_in_bf16_it_is_as_near_the_truth_as_diffusers(kind, autocast):
+    model = MODELS[kind]()
+    truth = answer(model, inputs(model))
+    dtype = torch.float32 if autocast else torch.bfloat16
+    model.to(dtype)
+    values = inputs(model, dtype=dtype)
+    theirs = answer(model, values, autocast)
+    install(model)
+    ours = answer(model, values, autocast)
+    assert error(ours[0], truth[0]) <= 1.2 * error(theirs[0], truth[0]) + 1e-3 < 0.05
+
+    ours_off, theirs_off = (error(whole(found[1]), whole(truth[1])) for found in (ours, theirs))
+    assert ours_off <= 1.2 * theirs_off + 1e-3 < 0.1
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_backward_by_hand_is_that_of_the_formula(fused):
+    states = [torch.randn(2, 6, 8, dtype=torch.float32, requires_grad=True) for _ in range(3)]
+    formula = attention._mixed(*(attention._heads(one, 2) for one in states))
+    asked = torch.randn_like(formula)
+    expected = torch.autograd.grad(formula, states, asked)
+    found = attend(2, torch.cat(states, -1)) if fused else attend(2, *states)
+    assert torch.allclose(found, formula, rtol=1e-6, atol=1e-7)
+    for mine, theirs in zip(torch.autograd.grad(found, states, asked), expected, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gate_and_its_backward_are_those_of_the_formula():
+    states = torch.randn(2, 10, 3, 4, requires_grad=True)
+    value, gate = states.chunk(2, 1)
+    formula = value * torch.nn.functional.silu(gate)
+    asked = torch.randn_like(formula)
+    (expected,) = torch.autograd.grad(formula, states, asked)
+    found = gated(states)
+    assert torch.equal(found, formula)
+    assert torch.allclose(torch.autograd.grad(found, states, asked)[0], expected, rtol=1e-6, atol=1e-7)
 
 
 def products(run) -> set[torch.dtype]:
@@ -79,25 +177,172 @@ def test_bf16_weights_give_bf16_out_of_fp32_products():
 
 def test_a_tiny_denominator_does_not_explode():
     assert EPS == 1e-8
-    query = torch.full((1, 1, 4, 3), 1e-8, requires_grad=True)
-    key = torch.full((1, 1, 4, 3), 1e-8, requires_grad=True)
-    value = torch.ones(1, 1, 4, 3, requires_grad=True)
-    out = mix(query, key, value)
+    query = torch.full((1, 3, 4), 1e-8, requires_grad=True)
+    key = torch.full((1, 3, 4), 1e-8, requires_grad=True)
+    value = torch.ones(1, 3, 4, requires_grad=True)
+    out = attend(1, query, key, value)
     out.sum().backward()
     assert out.isfinite().all() and out.abs().max() < 1e-6, "nearly no similarity: nearly nothing is mixed in"
     assert query.grad is not None and query.grad.abs().max() < 100
-    zero = mix(torch.zeros(1, 1, 4, 3), key, value)
+    zero = attend(1, torch.zeros(1, 3, 4), key, value)
     assert torch.equal(zero, torch.zeros_like(zero))
+
+
+def test_much_less_is_kept_for_the_backward_pass(monkeypatch):
+    """Bytes that autograd keeps of the blocks, the reason for the backwards by hand: under 0.85 of diffusers'."""
+    monkeypatch.setattr(attention, "LARGE", 0)
+    model = tiny_transformer(layers=1).bfloat16()
+    values = inputs(model, (16, 16), dtype=torch.bfloat16)
+
+    def kept() -> int:
+        found = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            alive = model(**values, return_dict=False)  # while it lives, no place is used twice
+        assert alive
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        return sum(size for place, size in found.items() if place not in weights)
+
+    theirs = kept()
+    install(model)
+    assert kept() < 0.85 * theirs
+
+
+# ---- layers that are no longer diffusers' own ----
+
+
+class Bent(nn.Module):
+    """As LyCORIS does it: takes the place of a layer's forward."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.before = layer.forward
+        layer.forward = self.forward
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.before(states).sin() + 0.5
+
+
+class Packed(nn.Parameter):
+    """As quantisation does it: a weight that is no ordinary one."""
+
+
+LAYERS = ("attn1.to_q", "attn1.to_v", "attn2.to_k", "ff.conv_inverted", "ff.conv_depth", "ff.conv_point")
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_patched_forward_is_called(layer):
+    model = tiny_transformer(layers=1)
+    values = inputs(model)
+    before = answer(model, values)
+    Bent(model.transformer_blocks[0].get_submodule(layer))
+    theirs = answer(model, values)
+    install(model)
+    assert worst(answer(model, values), theirs) <= 1e-5
+    assert error(before[0], theirs[0]) > 1e-4, "the adapter does something"
+
+
+@pytest.mark.parametrize("layer", ["attn1.norm_q", "attn2.norm_k"])
+def test_a_patched_norm_is_called(layer):
+    model = tiny_transformer(layers=1, qk_norm=True)
+    values = inputs(model)
+    Bent(model.transformer_blocks[0].get_submodule(layer))
+    theirs = answer(model, values)
+    install(model)
+    assert worst(answer(model, values), theirs) <= 1e-5
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_replaced_layer_is_called(layer):
+    """As PEFT does it: another class in the layer's place."""
+    model = tiny_transformer(layers=1)
+    values = inputs(model)
+    parent, _, name = layer.rpartition(".")
+    holder = model.transformer_blocks[0].get_submodule(parent)
+    holder.register_module(name, nn.Sequential(holder.get_submodule(name), nn.Tanh()))
+    theirs = answer(model, values)
+    install(model)
+    assert worst(answer(model, values), theirs) <= 1e-5
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_hooks_run_and_packed_weights_are_not_looked_into(layer):
+    model = tiny_transformer(layers=1)
+    install(model)
+    real = model.transformer_blocks[0].get_submodule(layer)
+    assert attention.untouched(real)
+    calls = []
+    handle = real.register_forward_hook(lambda *_: calls.append(layer))
+    answer(model, inputs(model))
+    assert calls == [layer]
+    handle.remove()
+    assert attention.untouched(real)
+    real.weight = Packed(real.weight.detach())
+    assert not attention.untouched(real)
 
 
 def test_install_changes_no_weight_and_published_is_undone():
     model = tiny_transformer()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    values = inputs(model)
+    theirs = answer(model, values)
     install(model)
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+    def kinds():
+        blocks = model.transformer_blocks
+        return {
+            (type(block.attn1.processor), type(block.attn2.processor), "forward" in vars(block.ff)) for block in blocks
+        }
+
     with pytest.raises(ZeroDivisionError), published(model):
-        kinds = {type(block.attn1.processor) for block in model.transformer_blocks}
-        assert kinds == {SanaLinearAttnProcessor2_0}
+        assert kinds() == {(SanaLinearAttnProcessor2_0, SanaAttnProcessor2_0, False)}
+        inside = answer(model, values)
+        assert torch.equal(inside[0], theirs[0]), "to the bit"
         raise ZeroDivisionError
-    assert {type(block.attn1.processor) for block in model.transformer_blocks} == {LinearAttention}
+    assert kinds() == {(LinearAttention, CrossAttention, True)}
+
+
+# ---- the text ----
+
+
+@pytest.mark.parametrize(
+    ("lengths", "length", "shape", "masked"),
+    [
+        ((5, 3), 9, 8, True),  # cut to 5, rounded up to 8
+        ((8, 2), 8, 8, True),
+        ((9, 2), 20, 16, True),
+        ((5, 5), 9, 5, False),  # all alike: no mask, no rounding
+        ((7,), 7, 7, False),
+        ((1,), 1, 8, True),  # one token alone would be a form of its own for a compiler
+    ],
+)
+def test_text_is_cut_to_the_longest_caption(lengths, length, shape, masked):
+    mask = (torch.arange(length) < torch.tensor(lengths)[:, None]).long()
+    text = torch.randn(len(lengths), length, 4) * mask[..., None]
+    cut, cut_mask = trimmed(text, mask)
+    assert cut.shape == (len(lengths), shape, 4)
+    assert (cut_mask is not None) == masked
+    if cut_mask is not None:
+        assert cut_mask.shape == cut.shape[:2] and cut_mask.sum(1).tolist() == list(lengths)
+    assert torch.equal(cut[:, : max(lengths)], text[:, : max(lengths)]) and not cut[:, max(lengths) :].any()
+
+
+def test_cut_text_gives_the_same_answer():
+    model = tiny_transformer()
+    install(model)
+    values = inputs(model)
+    long = {
+        **values,
+        "encoder_hidden_states": torch.nn.functional.pad(values["encoder_hidden_states"], (0, 0, 0, 293)),
+        "encoder_attention_mask": torch.nn.functional.pad(values["encoder_attention_mask"], (0, 293)),
+    }
+    text, mask = trimmed(long["encoder_hidden_states"], long["encoder_attention_mask"])
+    assert text.shape[1] == 8
+    cut = {**values, "encoder_hidden_states": text, "encoder_attention_mask": mask}
+    assert worst(answer(model, cut), answer(model, long)) <= 1e-5

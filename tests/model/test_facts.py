@@ -35,7 +35,11 @@ def test_published_models(name):
     assert found.scaling_factor == 0.41407
     assert "non-commercial" in found.licence and "Gemma" in found.licence
     breaks = "BF16" not in name and name.startswith(f"{OWNER}/Sana_")
-    assert found.bf16_safe is not breaks and any("bf16" in note for note in found.notes) is breaks
+    assert found.bf16_safe is not breaks
+    problem = facts.check_bf16(found)
+    assert (problem is not None) is breaks
+    if problem is not None:
+        assert "break in bf16" in problem.what and "published no BF16 weights" in problem.fix
 
 
 def test_every_known_model_is_pinned_here_or_one_of_its_siblings():
@@ -44,6 +48,8 @@ def test_every_known_model_is_pinned_here_or_one_of_its_siblings():
     for name in siblings:
         found = facts.known(name)
         assert found is not None and found.parameters == 1_604_462_752 and not found.bf16_safe
+        problem = facts.check_bf16(found)
+        assert problem is not None and problem.fix.startswith(f"use {OWNER}/Sana_1600M_1024px_BF16_diffusers, or set")
     assert facts.known("someone/else") is None
 
 
@@ -146,3 +152,18 @@ def test_what_a_download_takes_is_estimated():
     assert facts.estimated_bytes(common, "bf16")["transformer"] == 2 * common.parameters
     assert 5.1e9 < sizes["text_encoder"] < 5.4e9 and sizes["vae"] == 1.25e9
     assert 12e9 < sum(sizes.values()) < 14e9
+
+
+def test_the_transformer_of_a_published_repository_is_known():
+    config = facts.known_transformer("Efficient-Large-Model/SANA1.5_4.8B_1024px_diffusers")
+    assert (config["num_layers"], config["qk_norm"], config["num_attention_heads"]) == (60, "rms_norm_across_heads", 70)
+    with pytest.raises(KeyError):
+        facts.known_transformer("somebody/else")
+
+
+@pytest.mark.parametrize(
+    ("interval", "stride", "found"),
+    [(1, None, "11111"), (2, None, "10101"), (9, None, "10000"), (1, 2, "10101"), (2, 3, "11011"), (2, 2, "11111")],
+)
+def test_which_blocks_are_recomputed(interval, stride, found):
+    assert "".join("01"[again] for again in facts.recomputed_blocks(5, interval, stride)) == found

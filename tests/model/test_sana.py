@@ -256,45 +256,6 @@ def test_a_tokenizer_without_a_beginning_is_refused(folder, tmp_path):
         sana.load_text_encoder(copy)
 
 
-def gradients(model, calls: list[int]) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    handles = [
-        block.register_forward_pre_hook(lambda *_, place=place: calls.append(place))
-        for place, block in enumerate(model.transformer_blocks)
-    ]
-    model.zero_grad()
-    out = model(
-        torch.randn(2, 32, 2, 2, generator=generator),
-        encoder_hidden_states=torch.randn(2, 5, 32, generator=generator),
-        timestep=torch.tensor([300.0, 700.0]),
-        return_dict=False,
-    )[0]
-    out.square().mean().backward()
-    for handle in handles:
-        handle.remove()
-    return [parameter.grad.clone() for parameter in model.parameters()]
-
-
-@pytest.mark.parametrize("interval", [0, 1, 2, 3, 4, 9])
-def test_interval_checkpointing_recomputes_its_blocks_and_no_others(interval):
-    from tests.fixtures import tiny_transformer
-
-    torch.manual_seed(0)
-    model = tiny_transformer(layers=7).train()
-    names, expected = list(model.state_dict()), gradients(model, plain := [])
-    assert plain == list(range(7)), "forward alone"
-    sana.set_gradient_checkpointing(model, interval)
-    found = gradients(model, calls := [])
-    again = calls[7:]
-    assert calls[:7] == list(range(7))
-    assert sorted(again) == [place for place in range(7) if interval and place % interval == 0]
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert list(model.state_dict()) == names
-    sana.set_gradient_checkpointing(model, 0)
-    gradients(model, calls := [])
-    assert calls == list(range(7)), "switched off again"
-
-
 def test_nothing_is_left_on_the_screen(folder, capfd):
     sana.load_text_encoder(folder)
     sana.load_vae(folder)

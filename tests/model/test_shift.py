@@ -10,7 +10,7 @@ import pytest
 
 from sana_tune.model.shift import auto_shift, exponential_shift, shift_for
 
-MODULES = ("facts", "fetch", "identity", "instruction", "layout", "shift")
+MODULES = ("facts", "fetch", "identity", "instruction", "layout", "levels", "shift")
 
 
 def test_the_native_size_keeps_the_recipes_shift():

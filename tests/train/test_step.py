@@ -12,9 +12,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sana_tune.data.records import Role
+from sana_tune.model.flow import Objective, Perturbation
+from sana_tune.model.levels import Levels
 from sana_tune.model.sana import freeze
 from sana_tune.progress import Progress
-from sana_tune.train.step import Parts, clip, drawn, micro_loss, to_device, train_step
+from sana_tune.train.step import Parts, clip, drawn, micro_loss, perturbed, to_device, train_step
 from tests.train.toys import ToyBatches, differences, make_parts, state_of, tiny_transformer
 
 
@@ -230,7 +232,7 @@ def test_losses_are_told_apart_by_role_and_together():
 )
 def test_regularisation_teaches_what_the_base_model_predicts(dtype: torch.dtype, mixed_precision: str):
     """Nothing as long as the two are equal, to the last bit whatever the precision; and then back towards it."""
-    base: Any = freeze(tiny_transformer(), dtype, autocast=mixed_precision == "bf16")
+    base: Any = freeze(tiny_transformer(), dtype, autocast=torch.bfloat16 if mixed_precision == "bf16" else None)
     parts = make_parts(dtype=dtype, mixed_precision=mixed_precision, base=base, regularised=True, ema_decay=None)
     regular = with_batch(role=Role.REGULARISE)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
@@ -275,3 +277,70 @@ def test_the_device_is_not_read_but_for_the_one_list():
 def test_to_device_leaves_a_cpu_tensor_alone():
     tensor = torch.ones(2)
     assert to_device(tensor, torch.device("cpu")) is tensor
+
+
+# ---- other noise levels and losses ----
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "uniform": {"levels": Levels("uniform")},
+    "beta": {"levels": Levels("beta")},
+    "mode": {"levels": Levels("mode")},
+    "custom": {"levels": Levels("custom", table=(0.2, 0.9))},
+    "stratified": {"levels": Levels(stratified=True)},
+    "huber": {"objective": Objective("huber")},
+    "smooth_l1": {"objective": Objective("smooth_l1", huber_schedule="exponential")},
+    "sigma_sqrt": {"objective": Objective(weighting="sigma_sqrt")},
+    "cosmap": {"objective": Objective(weighting="cosmap")},
+    "min-SNR": {"objective": Objective(snr_gamma=5.0)},
+    "soft min-SNR": {"objective": Objective(snr_gamma=5.0, soft=True)},
+    "perturbation": {"perturbation": Perturbation(0.1, 10)},
+}
+
+
+@pytest.fixture(scope="module")
+def plain_losses() -> list[float]:
+    return run(make_parts(), ToyBatches(2), 0, 2)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_each_recipe_is_followed_and_depends_on_position_alone(recipe: str, plain_losses: list[float]):
+    parts = make_parts(**RECIPES[recipe])
+    losses = run(parts, ToyBatches(2), 0, 2)
+    assert all(math.isfinite(loss) for loss in losses) and losses[0] != plain_losses[0]
+    again = make_parts(**RECIPES[recipe])
+    run(again, ToyBatches(2), 0, 1)
+    torch.manual_seed(99)
+    assert run(again, ToyBatches(2), 1, 2) == losses[1:]
+    assert differences(state_of(parts), state_of(again)) == []
+
+
+def test_stratified_levels_fill_the_step_over_all_its_micro_batches():
+    levels = Levels("uniform", stratified=True)
+    for step in range(3):
+        sigma = torch.cat([drawn(1, step, micro, (4, 1, 1, 1), 1.0, levels, 3)[0] for micro in range(3)])
+        assert sorted(int(12 * level) for level in sigma.tolist()) == list(range(12))
+    seen = {int(6 * drawn(1, step, 0, (1, 1, 1, 1), 1.0, levels, 6)[0]) for step in range(60)}
+    assert seen == set(range(6)), "no place in the step has the same levels for ever"
+
+
+def test_stratified_levels_leave_the_noise_as_it_is_shaped():
+    sigma, noise = drawn(3, 5, 1, (4, 2, 3, 3), 3.0, Levels(stratified=True), 2)
+    assert sigma.shape == (4,) and noise.shape == (4, 2, 3, 3) and sigma.dtype == noise.dtype == torch.float32
+
+
+def test_a_perturbation_is_noise_of_its_own():
+    _, noise = drawn(3, 5, 1, (4, 2, 8, 8), 3.0)
+    assert perturbed(noise, 3, 5, 1, 0.0) is noise
+    more = (perturbed(noise, 3, 5, 1, 0.5) - noise) / 0.5
+    assert abs(more.mean()) < 0.15 and abs(more.std() - 1) < 0.15
+    assert abs((more * noise).mean()) < 0.15, "independent of the noise"
+    assert torch.equal(perturbed(noise, 3, 5, 1, 0.5), perturbed(noise, 3, 5, 1, 0.5))
+    assert not torch.equal(perturbed(noise, 3, 6, 1, 0.5), perturbed(noise, 3, 5, 1, 0.5))
+
+
+def test_one_batch_can_be_learned_by_heart():
+    """The same step over and over, with its noise: the loss goes to near zero."""
+    parts = make_parts(lr=3e-3, ema_decay=None, max_grad_norm=0.0)
+    micro_batches = next(ToyBatches().steps(1, 2))
+    losses = [train_step(parts, micro_batches, Progress(1)).loss for _ in range(300)]
+    assert losses[0] > 1 and max(losses[-10:]) < 0.02

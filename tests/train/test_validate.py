@@ -106,6 +106,20 @@ def test_the_start_draws_the_base_model_once(tmp_path: Path, parts: Parts):
     assert validator(tmp_path, Painter(parts), base=False).start(parts, Progress()).files == ()
 
 
+@pytest.mark.parametrize(("shown", "count"), [("comparison", 4), ("ema_only", 2), ("none", 2)])
+def test_ema_validation_chooses_the_weights(tmp_path: Path, shown: str, count: int):
+    made = make_parts(ema_options={"shown": shown})
+    train_step(made, next(ToyBatches().steps(0, 1)), Progress())
+    drawing = validator(tmp_path, Painter(made))
+    assert [Path(file).stem for file in drawing.start(made, Progress()).files] == [
+        "step_0_zib_0_64x96", "step_0_validation_0_64x96"
+    ], "the base model is drawn whatever is chosen"  # fmt: skip
+    files = [Path(file).stem for file in drawing.run(made, Progress(1)).files]
+    assert len(files) == count
+    assert any(name.endswith("_ema") for name in files) is (shown != "none")
+    assert all(name.endswith("_ema") for name in files) is (shown == "ema_only")
+
+
 def test_the_finish_does_not_repeat_a_step(tmp_path: Path, parts: Parts):
     drawing = validator(tmp_path, Painter(parts))
     assert len(drawing.finish(parts, Progress(4)).files) == 4

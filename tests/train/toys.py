@@ -14,9 +14,11 @@ from sana_tune.data.batch import Batch
 from sana_tune.data.order import MicroBatch
 from sana_tune.data.records import Role
 from sana_tune.progress import Every
+from sana_tune.schedule import Schedule
 from sana_tune.train.device import make_accelerator
 from sana_tune.train.ema import Ema, NoEma
-from sana_tune.train.optim import Schedule, build_optimizer
+from sana_tune.train.optim import build_optimizer, parameter_groups, seed_kahan
+from sana_tune.train.release import Release
 from sana_tune.train.step import Parts
 
 CHANNELS, TEXT_WIDTH = 4, 16
@@ -101,16 +103,30 @@ def make_parts(
     transformer: SanaTransformer2DModel | None = None,
     base: SanaTransformer2DModel | None = None,
     regularised: bool = False,
+    ema_options: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+    release: bool = False,
+    **recipe: Any,
 ) -> Parts:
-    """Parts as run.py builds them, on the CPU."""
+    """Parts as run.py builds them, on the CPU. recipe: levels, objective, perturbation."""
     model = transformer if transformer is not None else tiny_transformer()
+    exact = [parameter.data for parameter in model.parameters()]
     if dtype != torch.float32:
         model.to(dtype)
-    ema = NoEma() if ema_decay is None else Ema(model.named_parameters(), ema_decay, ema_interval)
+    built = build_optimizer(
+        optimizer, parameter_groups(model.named_parameters()), lr, options=options, release=release, seed=seed
+    )
+    if dtype == torch.bfloat16:
+        seed_kahan(built, list(model.parameters()), exact)
+    by_norm = max_grad_norm * (clip_method == "norm")
+    trained = list(model.parameters())
+    ema = (
+        NoEma() if ema_decay is None else Ema(model.named_parameters(), ema_decay, ema_interval, **(ema_options or {}))
+    )
     return Parts(
         accelerator=make_accelerator("cpu", mixed_precision),
         transformer=model,
-        optimizer=build_optimizer(optimizer, model.parameters(), lr),
+        optimizer=built,
         schedule=Schedule(scheduler, lr, total_steps, warmup_steps=2),
         ema=ema,
         shift_at=lambda tokens: 3.0 if tokens == 16 else 2.0,
@@ -119,6 +135,8 @@ def make_parts(
         clip_method=clip_method,
         base=base,
         regularised=regularised,
+        release=Release(built, trained, max_norm=by_norm, max_value=max_grad_norm - by_norm) if release else None,
+        **recipe,
     )
 
 
@@ -128,7 +146,9 @@ def state_of(parts: Parts) -> dict[str, Any]:
     found |= {f"ema/{name}": tensor.clone() for name, tensor in parts.ema.state_dict().items()}
     state = parts.optimizer.state_dict()
     for number, values in state["state"].items():
-        found |= {f"optimizer/{number}/{key}": _copy(value) for key, value in values.items()}
+        for key, value in values.items():  # bitsandbytes has a mapping in the mapping
+            inner = value if isinstance(value, dict) else {"": value}
+            found |= {f"optimizer/{number}/{key}/{part}": _copy(held) for part, held in inner.items()}
     for number, group in enumerate(state["param_groups"]):
         found |= {f"group/{number}/{key}": _copy(value) for key, value in group.items()}
     return found
