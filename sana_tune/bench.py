@@ -329,6 +329,7 @@ def _stepper(
         seed=0,
         max_grad_norm=config.optimizer.max_grad_norm,
         release=release_of(config.optimizer, accelerator, model, optimizer),
+        compiled=case.variant == "compiled",
     )
     if case.variant == "diffusers":
         return _bare(parts, _batch(case, subject, side, asked.tokens, padded=True))

@@ -305,6 +305,7 @@ def build_parts(prepared: Prepared, accelerator: Accelerator) -> Parts:
         perturbation=Perturbation(config.loss.input_perturbation, config.loss.input_perturbation_steps),
         base=base,
         regularised=is_regularised(prepared.buckets),
+        compiled=config.model.dynamo_backend != "no",
     )
 
 
@@ -321,11 +322,11 @@ def run_blocks(
         recomputed = recomputed_blocks(layers, interval, settings.gradient_checkpointing_segment_stride)
     compiler = None if settings.dynamo_backend == "no" else settings.dynamo_backend
     selective = settings.gradient_checkpointing_backend == "selective"
-    blocks = arrange(transformer, recomputed, selective=selective, compiler=compiler)
+    shapes = sorted({(bucket.batch_size, *bucket.size) for bucket in buckets}, key=math.prod)
+    blocks = arrange(transformer, recomputed, selective=selective, compiler=compiler, sizes=len(shapes))
     if blocks is None or compiler is None:
         return
-    log.info("Compiling the blocks with %s: some minutes, once", compiler)
-    shapes = sorted({(bucket.batch_size, *bucket.size) for bucket in buckets}, key=math.prod)
+    log.info("Compiling the blocks with %s, for each of %d size(s): some minutes, once", compiler, len(shapes))
     blocks.warm_up(
         lambda shape: sample(transformer, accelerator.autocast, shape[0], shape[2] // factor, shape[1] // factor),
         dict.fromkeys((shapes[0], shapes[-1])),

@@ -86,7 +86,7 @@ class ModelConfig(Section):
         None, "checkpoint the first `gradient_checkpointing_interval` of so many blocks instead", unit="blocks", ge=1
     )
     gradient_checkpointing_backend: CheckpointingBackend = setting("torch", "what a checkpointed block keeps")
-    dynamo_backend: DynamoBackend = setting("no", "compile the blocks for speed")
+    dynamo_backend: DynamoBackend = setting("no", "compile the blocks for speed, anew for each size")
     sana_complex_human_instruction: Instruction | None = setting(
         None, 'text put before every caption; unset = diffusers\' own; "None" = no instruction'
     )

@@ -281,15 +281,16 @@ def published(transformer: Any) -> Iterator[None]:
                 block.ff.forward = forward
 
 
-def trimmed(text: Tensor, mask: Tensor, multiple: int = 8) -> tuple[Tensor, Tensor | None]:
+def trimmed(text: Tensor, mask: Tensor, multiple: int = 8, *, masked: bool = False) -> tuple[Tensor, Tensor | None]:
     """Embeddings [B, T, D] and their mask [B, T] as the model should get them; both on the CPU, so that nothing waits.
 
     Text that no sample has is cut off. When every token left is real, no mask is needed; else the length is rounded
-    up to a multiple: attention kernels want aligned masks, and fewer lengths mean fewer compiled forms.
+    up to a multiple: attention kernels want aligned masks, and fewer lengths mean fewer compiled forms. masked: in any
+    case round up and give a mask, for compiled blocks.
     """
     longest = int(mask.sum(1).max())
     text, mask = text[:, :longest], mask[:, :longest]
-    if longest > 1 and bool(mask.all()):
+    if longest > 1 and not masked and bool(mask.all()):
         return text, None
     more = -longest % multiple
     return F.pad(text, (0, 0, 0, more)), F.pad(mask, (0, more))

@@ -30,9 +30,12 @@ _KEPT = (
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 )
-# Recompiling ends by itself: sizes become symbols the second time they differ. This many forms are for masks, single
-# pictures and the like; with more, something is wrong, and it is said.
-RECOMPILE_LIMIT = 32
+# Blocks are compiled anew for every size: inductor (torch 2.13) fails, and in the backward pass of a later step, over
+# sizes that it keeps as symbols, and fixed sizes make faster kernels. So that there are few, text is rounded up to
+# TEXT_MULTIPLE and its mask is always given: at most FORMS_A_SIZE forms for each size of picture and batch.
+TEXT_MULTIPLE = 64
+FORMS_A_SIZE = 5
+SPARE_FORMS = 8  # with more forms than are due, something is wrong, and it is said
 
 
 # What a compiler may raise as it is while it makes a backward pass.
@@ -43,11 +46,17 @@ class Blocks:
     """Runs one block at a time: `recomputed[i]` says whether block i is computed again in the backward pass.
 
     selective: of a recomputed block, keep the matrix products; not with a compiler. compiler: a backend of
-    torch.compile, None = eager. When compiling fails, that is said once and everything goes on without it.
+    torch.compile, None = eager. sizes: of batches of latents that will come, each compiled for at most FORMS_A_SIZE
+    lengths of text. When compiling fails, that is said once and everything goes on without it.
     """
 
     def __init__(
-        self, transformer: SanaTransformer2DModel, recomputed: Sequence[bool], selective: bool, compiler: Any = None
+        self,
+        transformer: SanaTransformer2DModel,
+        recomputed: Sequence[bool],
+        selective: bool,
+        compiler: Any = None,
+        sizes: int = 1,
     ):
         again = partial(
             checkpoint,
@@ -61,7 +70,7 @@ class Blocks:
         self._compiled: tuple[Callable[..., Any], Callable[..., Any]] | None = None
         self._failures: tuple[type[Exception], ...] = ()
         if compiler is not None:
-            self._compile(compiler)
+            self._compile(compiler, sizes * FORMS_A_SIZE + SPARE_FORMS)
 
     @property
     def compiled(self) -> bool:
@@ -74,9 +83,6 @@ class Blocks:
             return self._eager[again](block, *inputs)
         states, _, text, bias, *rest = inputs
         bias = None if bias is None else bias[:, None]  # as it is used: inductor (torch 2.13) fails over a view of it
-        for tensor, axis in ((text, 1), (bias, 3)):  # lengths change all the time
-            if tensor is not None and tensor.shape[axis] > 1:
-                torch._dynamo.maybe_mark_dynamic(tensor, axis)
         # The first block gets its tokens in another layout, and under autocast in another dtype, than all others: made
         # alike (no number changes), one compiled form is enough for all.
         states = states.to(block.scale_shift_table.dtype).contiguous()
@@ -108,14 +114,16 @@ class Blocks:
         log.warning("dynamo_backend: the blocks could not be compiled and run as they are, which is slower (%s)", first)
         log.debug("compiling failed", exc_info=error)
 
-    def _compile(self, compiler: Any) -> None:
+    def _compile(self, compiler: Any, forms: int) -> None:
         from torch._dynamo import config as dynamo
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-        dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
+        dynamo.recompile_limit = max(dynamo.recompile_limit, forms)
+        dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 2 * forms)
         self._failures = (TorchDynamoException, FailOnRecompileLimitHit)
         plain, again = (
-            torch.compile(run, backend=compiler, fullgraph=True) for run in (_run, _checkpointed(self._eager[1]))
+            torch.compile(run, backend=compiler, fullgraph=True, dynamic=False)
+            for run in (_run, _checkpointed(self._eager[1]))
         )
         self._compiled = (plain, again)
 
@@ -126,6 +134,7 @@ def arrange(
     *,
     selective: bool = False,
     compiler: Any = None,
+    sizes: int = 1,
 ) -> Blocks | None:
     """Run the blocks so from now on; see `Blocks`. recomputed: for each block, () = none. None: nothing is to be done.
 
@@ -135,7 +144,7 @@ def arrange(
     if not any(recomputed) and compiler is None:
         transformer.disable_gradient_checkpointing()
         return None
-    blocks = Blocks(transformer, recomputed, selective, compiler)
+    blocks = Blocks(transformer, recomputed, selective, compiler, sizes)
     transformer.enable_gradient_checkpointing(gradient_checkpointing_func=blocks)  # pyright: ignore[reportArgumentType]
     return blocks
 
@@ -149,8 +158,10 @@ def sample(
     with precision():
         return transformer(
             hidden_states=torch.zeros(batch, config["in_channels"], height, width, device=device, dtype=dtype),
-            encoder_hidden_states=torch.ones(batch, 16, config["caption_channels"], device=device, dtype=dtype),
-            encoder_attention_mask=torch.ones(batch, 16, dtype=torch.int64, device=device),
+            encoder_hidden_states=torch.ones(
+                batch, TEXT_MULTIPLE, config["caption_channels"], device=device, dtype=dtype
+            ),
+            encoder_attention_mask=torch.ones(batch, TEXT_MULTIPLE, dtype=torch.int64, device=device),
             timestep=torch.full((batch,), 500.0, device=device),
             return_dict=False,
         )[0]

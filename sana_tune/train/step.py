@@ -20,6 +20,7 @@ from sana_tune.data.batch import Batch
 from sana_tune.data.records import Role, digest
 from sana_tune.model import flow
 from sana_tune.model.attention import trimmed
+from sana_tune.model.blocks import TEXT_MULTIPLE
 from sana_tune.model.levels import Levels
 from sana_tune.progress import Progress
 from sana_tune.schedule import Schedule
@@ -49,6 +50,7 @@ class Parts:
     shift_at:    latent positions of a picture → flow shift (model.shift.shift_for with its settings).
     max_grad_norm, clip_method: 0 = no clipping; "norm" of the whole gradient or "value" of each element.
     scale: the loss scale of fp16. release: the weights are updated inside the backward pass; None = after it.
+    compiled:    whether the blocks are compiled, so that few lengths of text are wanted.
     levels, objective, perturbation: how noise levels are drawn, what is minimised, and noise beyond the target's.
     base:        the untrained model, frozen; regularisation data learns what it predicts. None = its pictures.
     regularised: whether there is regularisation data: its loss is told apart then.
@@ -70,6 +72,7 @@ class Parts:
     perturbation: flow.Perturbation = flow.Perturbation()
     base: nn.Module | None = None
     regularised: bool = False
+    compiled: bool = False
 
     @cached_property
     def bare(self) -> Any:
@@ -227,7 +230,9 @@ def micro_loss(parts: Parts, batch: Batch, step: int, micro: int, micro_batches:
     mixed_in = perturbed(gauss, parts.seed, step, micro, parts.perturbation.at(step))
     x0, sigma, noise = to_device(batch.latents, device), to_device(levels, device), to_device(gauss, device)
     mixed = noise if mixed_in is gauss else to_device(mixed_in, device)
-    text, text_mask = trimmed(batch.text, batch.text_mask)
+    text, text_mask = trimmed(
+        batch.text, batch.text_mask, TEXT_MULTIPLE if parts.compiled else 8, masked=parts.compiled
+    )
     inputs = {
         "hidden_states": flow.noised(x0, mixed, sigma).to(dtype),
         "encoder_hidden_states": to_device(text, device).to(dtype),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sana_tune.model import attention
 from sana_tune.model.attention import EPS, CrossAttention, LinearAttention, attend, gated, install, published, trimmed
+from sana_tune.model.blocks import TEXT_MULTIPLE
 from sana_tune.model.fetch import locate
 from tests.fixtures import tiny_transformer
 
@@ -331,6 +332,14 @@ def test_text_is_cut_to_the_longest_caption(lengths, length, shape, masked):
     if cut_mask is not None:
         assert cut_mask.shape == cut.shape[:2] and cut_mask.sum(1).tolist() == list(lengths)
     assert torch.equal(cut[:, : max(lengths)], text[:, : max(lengths)]) and not cut[:, max(lengths) :].any()
+
+
+@pytest.mark.parametrize(("lengths", "shape"), [((8, 2), 64), ((64, 64), 64), ((65, 3), 128), ((1,), 64)])
+def test_for_compiled_blocks_there_are_few_lengths_and_always_a_mask(lengths, shape):
+    mask = (torch.arange(300) < torch.tensor(lengths)[:, None]).long()
+    cut, cut_mask = trimmed(torch.ones(len(lengths), 300, 4), mask, TEXT_MULTIPLE, masked=True)
+    assert cut_mask is not None and cut.shape[:2] == cut_mask.shape == (len(lengths), shape)
+    assert cut_mask.sum(1).tolist() == list(lengths)
 
 
 def test_cut_text_gives_the_same_answer():
