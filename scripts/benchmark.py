@@ -310,7 +310,7 @@ def tell_data(parts: Sequence[str], count: int | None, rounds: int) -> None:
 def tell_steps(found: Alternating, asked: argparse.Namespace) -> None:
     """The medians and the ratio of neighbouring blocks, whose quartiles show how quiet the machine was."""
     ratios = [ours / theirs for ours, theirs in zip(found.ours, found.theirs, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     ours, theirs = (1000 * statistics.median(times) for times in (found.ours, found.theirs))
     print(f"step at batch {asked.batch}: sana_tune {ours:.1f} ms, bare loop {theirs:.1f} ms (medians)")
     print(f"  ratio {middle:.3f} (quartiles {low:.3f} to {high:.3f}; {len(ratios)} pairs of {asked.block} steps)")
