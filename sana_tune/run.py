@@ -52,6 +52,7 @@ from sana_tune.progress import Progress
 from sana_tune.roles import is_regularised, learns_from_base, windows
 from sana_tune.train.signals import LeaveNow, Stop
 from sana_tune.watch.card import model_card
+from sana_tune.watch.events import Failed
 from sana_tune.watch.sinks import MetricsSink, Sink, Watcher, screen
 
 if TYPE_CHECKING:
@@ -99,7 +100,11 @@ def _run(loaded: Loaded, notes: Sequence[str], restart: bool, sinks: Sequence[Si
         write_down(prepared)
         all_sinks = [screen(logs.console()), MetricsSink(output.metrics_file), *sinks]
         with Watcher(all_sinks) as watcher:
-            return work(prepared, before, watcher, stop)
+            try:
+                return work(prepared, before, watcher, stop)
+            except UserError as error:
+                watcher.emit(Failed("\n".join(str(problem) for problem in error.problems)))
+                raise
     finally:
         logs.remove(handler)
 

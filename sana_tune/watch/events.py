@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from sana_tune.progress import Progress
 
@@ -35,6 +36,8 @@ class Stepped:
 
     loss: mean over the step's micro-batches. grad_norm: before clipping. Durations in seconds.
     losses: where there is regularisation data, "train" and "regularise" → mean over the micro-batches of that role.
+    by_sigma: (noise level, loss) of each sample that this process saw. memory_bytes: the most that was in use so far:
+    of the accelerator's memory, or of main memory on a CPU; None where nobody measured.
     """
 
     progress: Progress
@@ -46,6 +49,8 @@ class Stepped:
     images: int
     skipped: bool = False
     losses: Mapping[str, float] = field(default_factory=dict)
+    by_sigma: tuple[tuple[float, float], ...] = ()
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,41 @@ class Validated:
     files: tuple[str, ...]
     failed: tuple[str, ...] = ()
     duration_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Previewed:
+    """A picture of a half-finished sample: after `sampler_step` of `sampler_steps`. picture: bytes of a PNG file.
+
+    prompt: the slug of its prompt, as in the names of validation pictures.
+    """
+
+    progress: Progress
+    prompt: str
+    sampler_step: int
+    sampler_steps: int
+    picture: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Numbers about the model at `progress`, by flat names such as held_out/raw, held_out/ema/sigma_0.2 or clip/raw.
+
+    advice: what they suggest to do, a line each.
+    """
+
+    progress: Progress
+    values: Mapping[str, float]
+    advice: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Noticed:
+    """Something happened that whoever watches should know: the run went back, waits for room on the disk …"""
+
+    progress: Progress
+    message: str
+    severity: Literal["info", "warning", "error"] = "warning"
 
 
 @dataclass(frozen=True)
@@ -84,4 +124,13 @@ class Stopped:
     reason: str = ""
 
 
-Event = CacheProgress | Started | Stepped | Validated | Saved | Finished | Stopped
+@dataclass(frozen=True)
+class Failed:
+    """The run ends with an error. The message is what the user is told."""
+
+    message: str
+
+
+Event = (
+    CacheProgress | Started | Stepped | Validated | Previewed | Measured | Noticed | Saved | Finished | Stopped | Failed
+)

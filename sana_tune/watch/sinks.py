@@ -5,6 +5,7 @@ This is the one place where a broad `except` is right: no observer may stop a ru
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from sana_tune.watch.events import (
     CacheProgress,
     Event,
     Finished,
+    Measured,
+    Noticed,
     Saved,
     Started,
     Stepped,
@@ -193,6 +196,9 @@ def message_of(event: Event) -> str | None:
             folder = f" in {Path(files[0]).parent}" if files else ""
             lost = f"; {len(failed)} failed: {'; '.join(failed)}" if failed else ""
             return f"Drew {len(files)} pictures at step {event.progress.step} ({duration:.1f} s){folder}{lost}"
+        case Measured(progress=progress, values=values) if values:
+            numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name.count("/") < 2)
+            return "\n".join((f"Measured at step {progress.step}: {numbers}", *event.advice))
         case Finished(progress=progress, pipeline=pipeline):
             where = f"; the pipeline is in {pipeline}" if pipeline else ""
             return f"Finished: {progress.step} steps, {progress.images} images{where}"
@@ -201,10 +207,16 @@ def message_of(event: Event) -> str | None:
     return None
 
 
+_LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
 def say(event: Event) -> None:
     """Log the event's message; failed pictures as a warning."""
     if isinstance(event, Stepped) and event.skipped:
         log.warning("step %d was skipped: its loss or gradient norm is not finite", event.progress.step)
+        return
+    if isinstance(event, Noticed):
+        log.log(_LEVELS[event.severity], "%s", event.message)
         return
     message = message_of(event)
     if message is not None:

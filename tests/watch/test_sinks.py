@@ -13,9 +13,20 @@ from rich.console import Console
 from sana_tune import log as logs
 from sana_tune.log import log
 from sana_tune.progress import Progress
-from sana_tune.watch.events import CacheProgress, Event, Finished, Saved, Started, Stepped, Stopped, Validated
+from sana_tune.watch.events import (
+    CacheProgress,
+    Event,
+    Finished,
+    Measured,
+    Noticed,
+    Saved,
+    Started,
+    Stepped,
+    Stopped,
+    Validated,
+)
 from sana_tune.watch.metrics import read
-from sana_tune.watch.sinks import BarsSink, LinesSink, Meter, MetricsSink, Watcher, clock, message_of, screen
+from sana_tune.watch.sinks import BarsSink, LinesSink, Meter, MetricsSink, Watcher, clock, message_of, say, screen
 
 
 class Listener:
@@ -219,3 +230,12 @@ def test_regularisation_datas_loss_is_shown_apart():
 
 def test_the_epochs_of_a_schedule_are_told_as_they_are():
     assert message_of(Started(Progress(), 20, 10.0, None, 3.5)) == "Training: starting, to step 20 (3.5 epochs)"
+
+
+def test_what_is_noticed_and_measured_is_said(caplog):
+    with caplog.at_level("INFO"):
+        say(Noticed(Progress(3), "the disk is full: waiting", "error"))
+        say(Measured(Progress(3), {"held_out/raw": 0.5, "held_out/raw/sigma_0.1": 0.25}, ("train less",)))
+    (noticed, measured) = caplog.records
+    assert (noticed.levelname, noticed.message) == ("ERROR", "the disk is full: waiting")
+    assert measured.message == "Measured at step 3: held_out/raw 0.5\ntrain less"
