@@ -207,7 +207,7 @@ def without(prepared: Prepared, broken: Mapping[str, str]) -> Prepared:
         prepared.facts,
         prepared.folder,
         left,
-        prepared.prompts,
+        prepared.drawn,
         prepared.checkpoint,
         prepared.plan.notes,
         prepared.device,

@@ -89,7 +89,7 @@ def fit(
                 patience.check(progress, result)
                 if due(plan.save_every, progress):
                     watcher.emit(checkpoints.save(parts, progress))
-                if due(plan.validate_every, progress) and progress.step < plan.total_steps:
+                if due(plan.validate_every, progress, plan.epoch_after) and progress.step < plan.total_steps:
                     watcher.emit(validator.run(parts, progress))
                 if stop_agreed(parts, stop):
                     break
