@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from sana_tune.config.commands import wrong_with
 from sana_tune.config.schema import Config, section_of
 from sana_tune.errors import Problem
 
@@ -18,7 +19,26 @@ def script_with_its_method(config: Config) -> Problem | None:
     return None
 
 
-VALIDATION_RULES: tuple[Callable[[Config], Problem | None], ...] = (script_with_its_method,)
+SCRIPT_PLACEHOLDERS: tuple[str, ...] = (
+    "local_checkpoint_path", "global_step", "epoch", "output_dir", "validation_images", "model",
+    "validation_prompt", "validation_negative_prompt", "validation_seed", "validation_resolution",
+    "validation_guidance", "validation_num_inference_steps",
+)  # fmt: skip
+
+
+def script_is_a_command(config: Config) -> Problem | None:
+    """The script's quotes match and its placeholders are known."""
+    command = config.validation.validation_external_script
+    if command is None or (what := wrong_with(command, SCRIPT_PLACEHOLDERS)) is None:
+        return None
+    fix = "write a program and its arguments, such as 'python draw.py {local_checkpoint_path} {global_step}'"
+    return Problem("validation_external_script", what, fix)
+
+
+VALIDATION_RULES: tuple[Callable[[Config], Problem | None], ...] = (
+    script_with_its_method,
+    script_is_a_command,
+)
 
 
 def unused_validation_settings(config: Config) -> list[str]:
