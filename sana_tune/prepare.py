@@ -40,7 +40,7 @@ from sana_tune.memory import (
     plan_memory,
     resident_needed,
 )
-from sana_tune.model import fetch
+from sana_tune.model import fetch, preview_file
 from sana_tune.model.facts import ModelFacts, check_bf16, check_size, estimated_bytes, from_folder, known
 from sana_tune.model.identity import latent_identity, text_identity
 from sana_tune.model.instruction import resolve_instruction
@@ -135,6 +135,7 @@ def prepare(loaded: Loaded, output: Output, notes: Sequence[str] = (), *, fresh:
     expected = gather(problems, lambda: facts_at_hand(config))
     if expected is not None:
         gather(problems, lambda: check_drawing_sizes(config, expected, prompts or {}))
+        gather(problems, lambda: check_decoder(config, expected))
     if problems:
         raise UserError(*problems)
     surveyed, device = None, device_for(config.train.device)
@@ -148,6 +149,7 @@ def prepare(loaded: Loaded, output: Output, notes: Sequence[str] = (), *, fresh:
     if surveyed is None or expected is None or expected.vae_factor != facts.vae_factor:
         surveyed = look(loaded, facts, memory, stores)
     check_drawing_sizes(config, facts, prompts or {})
+    check_decoder(config, facts)
     return plan_of(loaded, output, facts, folder, surveyed, prompts or {}, checkpoint, notes, device, stores)
 
 
@@ -324,6 +326,13 @@ def check_drawing_sizes(config: Config, facts: ModelFacts, prompts: Mapping[str,
     problems = [check_size(width, height, facts.vae_factor) for width, height in dict.fromkeys(sizes)]
     if any(problems):
         raise UserError(*(problem for problem in problems if problem))
+
+
+def check_decoder(config: Config, facts: ModelFacts) -> None:
+    """Raise UserError for a decoder of previews that is not there, or cannot be this model's."""
+    wanted = config.validation
+    if wanted.validation_preview and wanted.validation_preview_decoder and not wanted.validation_disable:
+        preview_file.check(wanted.validation_preview_decoder, facts)
 
 
 def drawing_sizes(config: Config, facts: ModelFacts) -> list[tuple[int, int]]:

@@ -104,14 +104,13 @@ class Painter:
         watch: Watch | None = None,
     ) -> np.ndarray:
         """One uint8 RGB picture [height, width, 3]. text, negative: real tokens [T, D] from `TextEncoder.encode`."""
-        if self.coder is None:
-            self.coder = load_vae(self.folder, self.device, self.vae_dtype, variant=self.variant)
+        coder = self._loaded()
         latents = sample(
             transformer,
             load_scheduler(self.folder, sampler),
             text,
             negative,
-            self._grid(width, height, self.coder),
+            self._grid(width, height, coder),
             steps=steps,
             guidance=guidance,
             rescale=rescale,
@@ -119,13 +118,22 @@ class Painter:
             autocast=self.autocast,
             watch=watch,
         )
-        return self._decoded(self.coder, latents)
+        return self._decoded(coder, latents)
+
+    def latent(self, picture: np.ndarray) -> Tensor:
+        """The scaled latent [C, h, w] of a uint8 picture [H, W, 3], fp32 on the CPU."""
+        return self._loaded().encode(picture[None])[0]
 
     def release(self) -> None:
         """Let go of the VAE's memory; the next picture loads it again."""
         if self.coder is not None:
             self.coder.free()
         self.coder = None
+
+    def _loaded(self) -> ImageCoder:
+        if self.coder is None:
+            self.coder = load_vae(self.folder, self.device, self.vae_dtype, variant=self.variant)
+        return self.coder
 
     def _grid(self, width: int, height: int, coder: ImageCoder) -> tuple[int, int, int]:
         """Channels, height and width of the latents. Raises UserError for a size that cannot be drawn."""
@@ -183,7 +191,7 @@ def sample(
                 timestep=level.expand(len(texts)) * transformer.config["timestep_scale"],
                 return_dict=False,
             )[0].float()
-            velocity = found if len(texts) == 1 else flow.guided(*found.chunk(2), guidance, rescale)
+            velocity = found if len(texts) == 1 else flow.guided(found[:1], found[1:], guidance, rescale)
             if transformer.config["out_channels"] // 2 == grid[0]:  # a learned spread beside it, which is not used
                 velocity = velocity.chunk(2, dim=1)[0]
             before, sigma = latents, scheduler.sigmas[number]

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sana_tune.errors import Problem, UserError
+from sana_tune.model.preview_file import CHANNELS, KEY
 
 LARGEST_PX = 256  # the longer side of a preview
-TINY_CHANNELS, TINY_FACTOR = 32, 32
 _CELL_PX = 8  # the linear map makes at most so many px a side of one latent position
 _STAGES = ((256, 128), (128, 64), (64, 64), (64, 64), (64, 64))  # width of three blocks, and after doubling the size
 _CLAMP = 3.0  # latents are softly kept within this, as TAESANA was trained
@@ -102,7 +102,7 @@ def _conv(inputs: int, outputs: int, *, bias: bool = True) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias)
 
 
-def tiny_network(channels: int = TINY_CHANNELS) -> nn.Sequential:
+def tiny_network(channels: int = CHANNELS) -> nn.Sequential:
     """TAESANA's decoder with random weights: 32 channels in, pictures 32 times as large out."""
     parts: list[nn.Module] = [_SoftClamp(), _conv(channels, _STAGES[0][0]), nn.ReLU()]
     for width, after in _STAGES:
@@ -128,7 +128,7 @@ def load_tiny(path: Path) -> Tiny:
 
 def _not_a_decoder(path: Path, what: str) -> Problem:
     fix = "name taesana_decoder.pth of madebyollin/taesd, or leave the key out: a linear map is fitted then"
-    return Problem(f"validation_preview_decoder {path}", what, fix)
+    return Problem(f"{KEY} {path}", what, fix)
 
 
 def fitted(tiny: Tiny, pairs: Sequence[Pair], factor: float) -> Tiny:
@@ -144,7 +144,7 @@ def fitted(tiny: Tiny, pairs: Sequence[Pair], factor: float) -> Tiny:
             f"this decoder is not for this model's latents: its mean squared error is {errors[1.0]:.3g} on scaled ones "
             f"and {errors[1 / factor]:.3g} on raw ones; that of a linear map is {linear:.3g}"
         )
-        raise UserError(Problem("validation_preview_decoder", what, "leave it out: a linear map is fitted then"))
+        raise UserError(Problem(KEY, what, "leave it out: a linear map is fitted then"))
     return Tiny(tiny.network, scale)
 
 
