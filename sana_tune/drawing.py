@@ -81,9 +81,9 @@ def validator_of(
 
 
 def pictures_validator(
-    config: Config, facts: ModelFacts, folder: Path, prompts: Any, draw: Any, **options: Any
+    config: Config, facts: ModelFacts, folder: Path, prompts: Any, draw: Any, *, sheets: bool = True, **options: Any
 ) -> Validator:
-    """A validator that draws what the config asks. options: further ones of Validator."""
+    """A validator that draws what the config asks. sheets: contact sheets too. options: further ones of Validator."""
     from sana_tune.data.images import contact_sheet, encode_picture, encode_png
     from sana_tune.train.validate import Validator, pictures_of
 
@@ -93,7 +93,7 @@ def pictures_validator(
         pictures_of(prompts, drawing_sizes(config, facts), seed),
         draw,
         partial(encode_picture, kind=wanted.validation_image_format, quality=wanted.validation_image_quality),
-        sheet=lambda columns, rows: encode_png(contact_sheet(columns, rows)),
+        sheet=(lambda columns, rows: encode_png(contact_sheet(columns, rows))) if sheets else None,
         base=not wanted.disable_benchmark,
         startup=wanted.validation_on_startup,
         randomised=seed if wanted.validation_randomize else None,

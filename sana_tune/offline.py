@@ -102,6 +102,7 @@ def validate(loaded: Loaded, asked: Asked) -> Validated:
         validator = pictures_validator(
             loaded.config, scene.facts, scene.output.pictures, scene.prompts, draw,
             release=painter.release, stopped=lambda: stop.requested,
+            sheets=not asked.prompts,  # the run's own sheet of that step stays
         )  # fmt: skip
         return validator.drawn(scene.progress, scene.views(asked.views))
 

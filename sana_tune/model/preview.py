@@ -134,18 +134,24 @@ def _not_a_decoder(path: Path, what: str) -> Problem:
 def fitted(tiny: Tiny, pairs: Sequence[Pair], factor: float) -> Tiny:
     """The decoder with the latent scale that suits the run's latents: scaled ones, or raw ones (divided by `factor`).
 
-    Raises UserError when its pictures are worse than those of a linear map: it belongs to another model.
+    Raises UserError when its pictures are not much nearer to the run's than one plain colour: it is another model's.
     """
-    linear = mean_error(Linear.fit(pairs), pairs)
+    plain = _plain_error(pairs)
     errors = {scale: mean_error(Tiny(tiny.network, scale), pairs) for scale in (1.0, 1 / factor)}
     scale = min(errors, key=lambda each: errors[each])
-    if not errors[scale] < linear:
+    if not errors[scale] < plain / 2:
         what = (
             f"this decoder is not for this model's latents: its mean squared error is {errors[1.0]:.3g} on scaled ones "
-            f"and {errors[1 / factor]:.3g} on raw ones; that of a linear map is {linear:.3g}"
+            f"and {errors[1 / factor]:.3g} on raw ones; that of their mean colour is {plain:.3g}"
         )
         raise UserError(Problem(KEY, what, "leave it out: a linear map is fitted then"))
     return Tiny(tiny.network, scale)
+
+
+def _plain_error(pairs: Sequence[Pair]) -> float:
+    """Mean squared error of the pictures' mean colour."""
+    levels = torch.cat([_pooled(_levels(picture), latent, 1).flatten(1) for latent, picture in pairs], dim=1)
+    return float((levels - levels.mean(dim=1, keepdim=True)).square().mean())
 
 
 def mean_error(decode: Linear | Tiny, pairs: Sequence[Pair]) -> float:
