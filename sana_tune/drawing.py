@@ -220,6 +220,25 @@ def pairs_of(prepared: Prepared, caches: Caches, painter: Painter) -> Iterator[P
         yield latent.float(), picture
 
 
+def snippet_of(prepared: Prepared) -> dict[str, Any]:
+    """What the exported pipeline's snippet draws: the run's first prompt, as the run draws it."""
+    from sana_tune.prompts import Prompt
+
+    wanted, sizes = prepared.config.validation, drawing_sizes(prepared.config, prepared.facts)
+    steps, guidance = wanted.validation_num_inference_steps, wanted.validation_guidance
+    nothing = Prompt("", "a photo", steps=steps, guidance=guidance)
+    first = next(iter(prepared.drawn.values()), nothing)
+    width, height = (first.sizes or sizes)[0]
+    return {
+        "prompt": first.text,
+        "width": width,
+        "height": height,
+        "steps": first.steps,
+        "guidance": first.guidance,
+        "seed": drawing_seed(prepared.config) if first.seed is None else first.seed,
+    }
+
+
 # ---- precision ----
 
 

@@ -291,12 +291,11 @@ def make_plan(
     datasets: Sequence[DatasetPlan] = (),
     timeline: Timeline | None = None,
     learns_from_base: bool = False,
-    pictures: Sequence[str] = (),
 ) -> Plan:
     """Work out the whole run.
 
     datasets: what each is for. timeline: of datasets that start and end; None when all are always shown.
-    learns_from_base: whether the untrained model is asked too (regularisation_target base). pictures: Plan's.
+    learns_from_base: whether the untrained model is asked too (regularisation_target base).
     first_step: where a resumed run stands (0 for a fresh one). other_model_bytes: VAE and text encoder on disk,
     which the exported pipeline holds a copy of. precision: as the run computes, where that is not mixed_precision.
     """
@@ -334,7 +333,6 @@ def make_plan(
         held_out=tuple(plan for plan in plans if plan.role == Role.EVAL.value),
         epochs_shown=_epochs_shown(buckets, timeline, steps, per_step),
         timeline=timeline,
-        pictures=tuple(pictures),
     )
 
 

@@ -402,9 +402,9 @@ def run_plan(
         datasets=dataset_plans(loaded),
         timeline=timeline_for(loaded, buckets),
         learns_from_base=learns_from_base(config, buckets),
-        pictures=drawing_lines(config, prompts, drawing_sizes(config, facts)),
     )
-    return replace(plan, step_s=measured_step_s(output, plan))
+    drawn = drawing_lines(config, prompts, drawing_sizes(config, facts))
+    return replace(plan, step_s=measured_step_s(output, plan), pictures=drawn)
 
 
 def memory_of(

@@ -31,13 +31,12 @@ from sana_tune.config.values import optimizer_options
 from sana_tune.data.buckets import Bucket, trained
 from sana_tune.data.records import Record
 from sana_tune.data.survey import Survey, strict_problems
-from sana_tune.drawing import autocast_dtype, drawing_seed, precision, validator_of
+from sana_tune.drawing import autocast_dtype, precision, snippet_of, validator_of
 from sana_tune.errors import Interrupted, Problem, UserError
 from sana_tune.log import log
 from sana_tune.output import Output
 from sana_tune.prepare import (
     Prepared,
-    drawing_sizes,
     finished_already,
     identity_of,
     plan_of,
@@ -462,16 +461,7 @@ def export(prepared: Prepared, parts: Parts, progress: Progress) -> str:
     from sana_tune.model.export import export_pipeline
 
     config, facts = prepared.config, prepared.facts
-    (width, height), settings = drawing_sizes(config, facts)[0], config.validation
-    sample = {
-        "prompt": next(iter(prepared.prompts.values()), "a photo"),
-        "width": width,
-        "height": height,
-        "steps": settings.validation_num_inference_steps,
-        "guidance": settings.validation_guidance,
-        "seed": drawing_seed(config),
-        "dtype": str(parts.input_dtype).removeprefix("torch."),
-    }
+    sample = {**snippet_of(prepared), "dtype": str(parts.input_dtype).removeprefix("torch.")}
     training = {
         "Steps": progress.step,
         "Images seen": progress.images,
