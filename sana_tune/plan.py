@@ -168,6 +168,7 @@ class Plan:
     held_out: tuple[BucketPlan, ...] = ()
     epochs_shown: tuple[EpochsPlan, ...] = ()
     timeline: Timeline | None = field(default=None, compare=False, repr=False)
+    pictures: tuple[str, ...] = ()  # what is drawn and when, in words
 
     def epoch_after(self, step: int) -> float:
         """Epochs that are done after so many steps, the share of the one that it ends in counted."""
@@ -317,7 +318,7 @@ def make_plan(
         images_seen=_images_seen(buckets, steps * per_step, timeline),
         first_step=first_step,
         save_every=Every(config.train.checkpoint_step_interval),
-        validate_every=Every(config.validation.validation_step_interval),
+        validate_every=validation_interval(config),
         caches=tuple(caches),
         disk=disk_need(config, facts, steps, caches, other_model_bytes),
         disk_free_bytes=disk_free_bytes,
@@ -332,6 +333,17 @@ def make_plan(
         held_out=tuple(plan for plan in plans if plan.role == Role.EVAL.value),
         epochs_shown=_epochs_shown(buckets, timeline, steps, per_step),
         timeline=timeline,
+    )
+
+
+def validation_interval(config: Config) -> Every:
+    """When validation pictures are due on the way."""
+    wanted = config.validation
+    return Every(
+        wanted.validation_step_interval,
+        wanted.validation_epoch_interval or 0.0,
+        wanted.validate_after_step,
+        wanted.validate_after_epoch,
     )
 
 
@@ -492,6 +504,7 @@ def plan_lines(plan: Plan, ledger: Ledger) -> list[str]:
         lines.append(f"Weights: {plan.weights.dtype} ({plan.weights.why})")
     lines.append(f"Length: {length_line(plan)}")
     lines += schedule_lines(plan)
+    lines += [f"Pictures: {line}" if number == 0 else f"    {line}" for number, line in enumerate(plan.pictures)]
     lines += [f"Time: {line}" for line in time_lines(plan)]
     lines += [f"Memory: {line}" if number == 0 else line for number, line in enumerate(memory_lines(plan))]
     return [*lines, f"Disk: {disk_line(plan)}"]

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from sana_tune.config.load import load
+from sana_tune.drawing import autocast_dtype, drawing_seed, precision
 from sana_tune.errors import UserError
 from sana_tune.log import log
 from sana_tune.output import Output
 from sana_tune.prepare import prepare, weights_dtype, write_down
-from sana_tune.run import autocast_dtype, drawing_seed, precision, run, without
+from sana_tune.run import run, without
 from sana_tune.watch.events import CacheProgress, Finished, Saved, Started, Stepped, Validated
 from tests.config.helpers import write_files
 from tests.journeys.kit import Heard, metrics_of, one_thread, pictures, small_run

@@ -72,6 +72,25 @@ REFUSED_CHECKPOINTING_BACKENDS: dict[str, str] = {
     "torch-ffn": "Sana's feed-forward alone is no block; use torch, or selective to recompute less",
 }
 
+SAMPLERS: dict[str, str] = {
+    "dpm++": "DPM-Solver++ for flows, as the models are published",
+    "euler": "Euler's steps along the flow, as NVIDIA samples while training; wants more steps",
+    "unipc": "UniPC for flows: a predictor with a corrector",
+}
+
+# Samplers of models that predict noise, and why they are none for flows.
+REFUSED_SAMPLERS: dict[str, str] = {
+    "ddim": "it steps along the noise schedule of models that predict noise, which flows do not have; use dpm++",
+    "ddpm": "it steps along the noise schedule of models that predict noise, which flows do not have; use dpm++",
+    "euler-a": "it adds noise of a schedule that flows do not have; use euler",
+    "perflow": "it needs a model distilled for it; use dpm++",
+}
+
+DRAWING_METHODS: dict[str, str] = {
+    "simpletuner-local": "the run itself, with the weights as they are at that step",
+    "external-script": "the command of validation_external_script, from the newest checkpoint",
+}
+
 DYNAMO_BACKENDS: dict[str, str] = {
     "no": "the blocks run as they are",
     "inductor": "torch.compile makes kernels of their own for them: the first steps take minutes, all others less time",

@@ -76,16 +76,6 @@ LATER_OUTPUT: dict[str, tuple[Any, ...]] = {
     "tracker_run_name": (),
     "vae_enable_slicing": (),
     "vae_enable_tiling": (),
-    "validate_after_epoch": (),
-    "validate_after_step": (),
-    "validation_epoch_interval": (),
-    "validation_guidance_rescale": (),
-    "validation_image_format": ("png",),
-    "validation_noise_scheduler": (),
-    "validation_on_startup": (),
-    "validation_preview": (),
-    "validation_prompt_library": (),
-    "validation_randomize": (),
     "webhook_config": (),
     "checkpointing_rolling_steps": (),
     "disk_low_action": ("stop",),
@@ -98,13 +88,6 @@ LATER_OUTPUT: dict[str, tuple[Any, ...]] = {
     "model_card_note": (),
     "modelspec_comment": (),
     "num_eval_images": (),
-    "validation_adapter_path": (),
-    "validation_adapter_config": (),
-    "validation_external_script": (),
-    "validation_input": (),
-    "validation_preview_steps": (1,),
-    "validation_seed_source": ("cpu",),
-    "validation_using_datasets": (),
 }
 
 NO_EFFECT: dict[str, str] = {
@@ -199,18 +182,22 @@ NO_EFFECT: dict[str, str] = {
     "timestep_bias_end": "it belongs to timestep_bias_strategy, which is off",
     "timestep_bias_multiplier": "it belongs to timestep_bias_strategy, which is off",
     "timestep_bias_portion": "it belongs to timestep_bias_strategy, which is off",
-    "validation_adapter_mode": "model_type full trains every weight",
-    "validation_adapter_name": "model_type full trains every weight",
-    "validation_adapter_strength": "model_type full trains every weight",
-    "validation_disable_unconditional": "no blank prompt is drawn unless a library asks for it",
-    "validation_external_background": "it belongs to validation_external_script",
-    "validation_image_quality": "pictures are PNG",
-    "validation_method": "pictures are drawn here",
-    "validation_multigpu": "there is one process",
-    "validation_stitch_input_location": "it belongs to validation_input",
+    "validation_adapter_mode": "it belongs to validation_adapter_path, which cannot be used",
+    "validation_adapter_name": "it belongs to validation_adapter_path, which cannot be used",
+    "validation_adapter_strength": "it belongs to validation_adapter_path, which cannot be used",
+    "validation_multigpu": "pictures are shared out over the processes there are",
+    "validation_seed_source": "noise is always drawn on the CPU, so that pictures are the same on every machine",
+    "validation_stitch_input_location": "it belongs to validation_input, which cannot be used",
 }
 
+_NO_IMG2IMG = "Sana draws from text alone, and there is nothing to put a picture in; an eval dataset compares pictures"
+_NO_ADAPTERS = "pictures show the weights that are trained; draw with other adapters from the exported pipeline"
+
 REFUSED: dict[str, str] = {
+    "validation_using_datasets": _NO_IMG2IMG,
+    "validation_input": _NO_IMG2IMG,
+    "validation_adapter_path": _NO_ADAPTERS,
+    "validation_adapter_config": _NO_ADAPTERS,
     "disable_after_epoch_step": "use end_step, which ends a dataset at a step; weights do not fade here",
     "delete_unwanted_images": "nothing is ever deleted from your folders; `sana_tune check --left-out` lists the files "
     "that are left out, one path a line",
@@ -265,6 +252,15 @@ IGNORED_DATASET_TYPES: dict[str, str] = {
 
 # Spellings that mean the same value.
 SAME_VALUE: dict[str, dict[str, str]] = {
+    "validation_image_format": {"jpg": "jpeg"},
+    "validation_noise_scheduler": {
+        "flow-match-euler": "euler",
+        "flow_match_euler": "euler",
+        "flow-euler": "euler",
+        "dpm": "dpm++",
+        "dpmsolver++": "dpm++",
+        "flow_dpm-solver": "dpm++",
+    },
     "flow_distribution": {"logit_normal": "logit-normal", "custom_timesteps": "custom"},
     "loss_type": {"mse": "l2"},
     "crop_style": {"centre": "center"},

@@ -11,6 +11,7 @@ from sana_tune.config.datasets import ConditioningDataset, EvalDataset, ImageDat
 from sana_tune.config.optimizers import keeps_bf16, options_of, stuck_share
 from sana_tune.config.schema import Config
 from sana_tune.config.source_rules import SOURCE_RULES, unused_source_settings
+from sana_tune.config.validation_rules import VALIDATION_RULES, preview_notes, unused_validation_settings
 from sana_tune.config.values import nearest, optimizer_options
 from sana_tune.errors import Problem
 
@@ -478,6 +479,7 @@ CONFIG_RULES: tuple[Callable[[Config], Problem | None], ...] = (
     end_below_start,
     one_distribution,
     one_weighting,
+    *VALIDATION_RULES,
 )
 
 
@@ -490,6 +492,7 @@ def check_rules(
     problems += [problem] if (problem := someone_starts(datasets)) else []
     notes += unused_schedule_settings(config) + unused_flow_settings(config) + unused_loss_settings(config)
     notes += unused_optimizer_settings(config) + release_notes(config) + unused_checkpointing_settings(config)
+    notes += unused_validation_settings(config) + preview_notes(config)
     for dataset in datasets:
         notes += unused_crop_settings(dataset)
         notes += unused_source_settings(dataset)

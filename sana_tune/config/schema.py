@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from sana_tune.config.choices import (
     CAPTION_STRATEGIES,
     CHECKPOINTING_BACKENDS,
+    DRAWING_METHODS,
     DYNAMO_BACKENDS,
     HUBER_SCHEDULES,
     LOSS_TYPES,
@@ -23,6 +24,8 @@ from sana_tune.config.choices import (
     REFUSED_CHECKPOINTING_BACKENDS,
     REFUSED_LOSS_WEIGHTINGS,
     REFUSED_LR_SCHEDULERS,
+    REFUSED_SAMPLERS,
+    SAMPLERS,
 )
 from sana_tune.config.optimizers import REFUSED_OPTIMIZERS
 from sana_tune.config.values import (
@@ -59,6 +62,8 @@ Distribution = Annotated[str | None, AfterValidator(named(NOISE_DISTRIBUTIONS, "
 LossType = Annotated[str, AfterValidator(named(LOSS_TYPES, "loss"))]
 HuberSchedule = Annotated[str, AfterValidator(named(HUBER_SCHEDULES, "schedule of huber_c"))]
 LossWeighting = Annotated[str, AfterValidator(named(LOSS_WEIGHTINGS, "weighting of the loss", REFUSED_LOSS_WEIGHTINGS))]
+Sampler = Annotated[str, AfterValidator(named(SAMPLERS, "sampler", REFUSED_SAMPLERS))]
+DrawingMethod = Annotated[str, AfterValidator(named(DRAWING_METHODS, "way to draw"))]
 NoiseLevels = Annotated[tuple[float, ...], BeforeValidator(parse_levels)]
 Resolutions = Annotated[tuple[Resolution, ...], BeforeValidator(parse_resolutions)]
 OptimizerOptions = Annotated[str, BeforeValidator(parse_optimizer_config)]
@@ -288,20 +293,54 @@ class EmaConfig(Section):
 
 class ValidationConfig(Section):
     validation_prompt: str | None = setting(None, "main prompt drawn at each validation")
-    user_prompt_library: str | None = setting(None, "path of a JSON file {nickname: prompt}")
+    user_prompt_library: str | None = setting(
+        None, "path of a JSON file {nickname: prompt}; a prompt is a text, or an object with settings of its own"
+    )
+    validation_prompt_library: bool = setting(False, "draw the prompts of the built-in library too")
+    validation_disable_unconditional: bool = setting(
+        False, "do not draw the empty prompt, which is else drawn beside the others as `unconditional`"
+    )
     validation_negative_prompt: str = setting("", "negative prompt of the guidance")
     validation_resolution: Resolutions = setting(
         (), "N or WxH px, comma separated; unset = the model's size", unit="px"
     )
     validation_guidance: float = setting(4.5, "classifier-free guidance scale", ge=0)
+    validation_guidance_rescale: float = setting(
+        0.0, "share by which guided predictions are brought back to the spread of unguided ones; 0 = off", ge=0, le=1
+    )
     validation_num_inference_steps: int = setting(20, "steps of the sampler", unit="steps", ge=1)
+    validation_noise_scheduler: Sampler = setting("dpm++", "the sampler")
     validation_seed: int | None = setting(None, "seed of the pictures; unset = seed")
+    validation_randomize: bool = setting(
+        False, "draw other seeds at each validation, from validation_seed and the step"
+    )
     validation_step_interval: int = setting(
         500, "optimizer steps between validations; 0 = only start and end", unit="steps", ge=0
     )
+    validation_epoch_interval: float | None = setting(
+        None, "validate at the end of every so many epochs too; 0.5 = twice in each", unit="epochs", ge=0
+    )
+    validate_after_step: int = setting(0, "no validation on the way before this step", unit="steps", ge=0)
+    validate_after_epoch: float = setting(
+        0, "no validation on the way before so many epochs are done", unit="epochs", ge=0
+    )
+    validation_on_startup: bool = setting(False, "draw when a run starts or goes on, too")
     num_validation_images: int = setting(
         1, "pictures per prompt and resolution, seeds counted up", unit="pictures", ge=1
     )
+    validation_image_format: Literal["png", "webp", "jpeg"] = setting("png", "kind of the pictures' files")
+    validation_image_quality: int = setting(90, "quality of webp and jpeg files", ge=1, le=100)
+    validation_preview: bool = setting(False, "show half-finished pictures while they are drawn")
+    validation_preview_steps: int = setting(5, "sampler steps from one preview to the next", unit="steps", ge=1)
+    validation_preview_decoder: str | None = setting(
+        None, "weights of the TAESANA decoder: a file, or owner/repository/file of the hub; unset = a linear map "
+        "fitted to the run's pictures"
+    )  # fmt: skip
+    validation_method: DrawingMethod = setting("simpletuner-local", "who draws")
+    validation_external_script: str | None = setting(
+        None, "command of validation_method external-script, with {placeholders}; no shell reads it"
+    )
+    validation_external_background: bool = setting(False, "do not wait for validation_external_script")
     validation_disable: bool = setting(False, "draw no validation pictures at all")
     disable_benchmark: bool = setting(False, "draw no pictures of the base model before step 1")
 

@@ -16,8 +16,7 @@ from sana_tune.train.checkpoint import Checkpoints
 from sana_tune.train.folders import Checkpoint
 from sana_tune.train.signals import Stop
 from sana_tune.train.step import Parts, StepResult, passed_over, summed, train_step
-from sana_tune.train.validate import NoValidator, Validator
-from sana_tune.watch.events import Finished, Started, Stepped, Stopped
+from sana_tune.watch.events import Finished, Started, Stepped, Stopped, Validated
 from sana_tune.watch.sinks import Watcher
 
 if TYPE_CHECKING:
@@ -44,11 +43,19 @@ class Batches(Protocol):
     def steps(self, first_step: int, total_steps: int) -> Iterator[Sequence[Sample]]: ...
 
 
+class Validates(Protocol):
+    """Draws pictures when it is asked to: train.validate.Validator, NoValidator, train.external.ScriptValidator."""
+
+    def start(self, parts: Parts, progress: Progress) -> Validated: ...
+    def run(self, parts: Parts, progress: Progress) -> Validated: ...
+    def finish(self, parts: Parts, progress: Progress) -> Validated: ...
+
+
 def fit(
     plan: Course,
     parts: Parts,
     batches: Batches,
-    validator: Validator | NoValidator,
+    validator: Validates,
     checkpoints: Checkpoints,
     watcher: Watcher,
     stop: Stop,
@@ -89,7 +96,7 @@ def fit(
                 patience.check(progress, result)
                 if due(plan.save_every, progress):
                     watcher.emit(checkpoints.save(parts, progress))
-                if due(plan.validate_every, progress) and progress.step < plan.total_steps:
+                if due(plan.validate_every, progress, plan.epoch_after) and progress.step < plan.total_steps:
                     watcher.emit(validator.run(parts, progress))
                 if stop_agreed(parts, stop):
                     break

@@ -55,12 +55,16 @@ class Stepped:
 
 @dataclass(frozen=True)
 class Validated:
-    """Pictures were drawn at `progress`; paths of the files, and prompts that failed with the reason."""
+    """Pictures were drawn at `progress`; paths of the files, and prompts that failed with the reason.
+
+    sheet: path of the contact sheet with all of them beside those of the base model and before; "" = there is none.
+    """
 
     progress: Progress
     files: tuple[str, ...]
     failed: tuple[str, ...] = ()
     duration_s: float = 0.0
+    sheet: str = ""
 
 
 @dataclass(frozen=True)

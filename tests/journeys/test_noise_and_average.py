@@ -181,7 +181,8 @@ def test_ema_validation_chooses_the_pictures(home: Path, tmp_path: Path):
     train(
         home, tmp_path, "--use_ema --ema_validation ema_only", validation_disable=False, validation_prompt="a star",
         validation_resolution="32", validation_num_inference_steps=1, disable_benchmark=True,
+        validation_disable_unconditional=True,
     )  # fmt: skip
-    (name,) = (path.stem for path in (tmp_path / "output/validation_images").glob(f"step_{STEPS}_*"))
+    (name,) = (path.stem for path in (tmp_path / "output/validation_images").glob(f"step_{STEPS}_validation_*"))
     assert name.endswith("_ema")
     assert isinstance(ema := asked(home, "--use_ema --ema_validation none").ema, Ema) and ema.shown == "none"
