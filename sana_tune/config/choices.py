@@ -65,19 +65,7 @@ LOSS_WEIGHTINGS: dict[str, str] = {
 }
 
 # Names of diffusers' `weighting_scheme` that choose noise levels, and no weights.
-REFUSED_ROLLOUT_STRATEGIES: dict[str, str] = {
-    "uniform": "every length is as likely",
-    "biased_early": "long rollouts, begun early in the drawing, are likelier",
-    "biased_late": "short rollouts, begun late, are likelier",
-}
-
-ROLLOUT_SAMPLERS: dict[str, str] = {
-    "unipc": "UniPC, order 1 to 3",
-    "dpm": "DPM-Solver++ (multistep), order 1 to 3: what draws the validation pictures",
-    "euler": "Euler's method; the order is 1",
-}
-
-LOSS_WEIGHTINGS: dict[str, str] = {
+REFUSED_LOSS_WEIGHTINGS: dict[str, str] = {
     "logit_normal": "it says which noise levels are drawn: use flow_distribution logit-normal",
     "mode": "it says which noise levels are drawn: use flow_distribution mode",
     "min_snr": "it is set by its gamma: use snr_gamma 5",

@@ -92,8 +92,8 @@ def levels_of(sigma: Tensor, lengths: Tensor, steps: int, shift: float) -> tuple
     """The levels that each sample passes on its way to sigma, and how many steps of it there is room for.
 
     sigma: [B] levels in 0..1, as shifted by `shift`; lengths: [B] ints. Levels are evenly spaced by 1 / steps before
-    the shift, as a sampler's are. Returns ([B, 1 + max], fp64, falling; a row holds its levels from its first on, sigma
-    the last of them, and sigma again after it) and [B] ints: a length for which there is no room below `HIGHEST` is cut.
+    the shift, as a sampler's are. Returns ([B, 1 + max], fp64, falling: a row holds its levels from the first on, of
+    which sigma is the last, and sigma again after that) and [B] ints: what has no room below `HIGHEST` is cut.
     """
     sigma, s = sigma.double(), shift
     plain = sigma / (s - (s - 1) * sigma)

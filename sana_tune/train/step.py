@@ -22,10 +22,12 @@ from sana_tune.model import flow
 from sana_tune.model.attention import trimmed
 from sana_tune.model.blocks import TEXT_MULTIPLE
 from sana_tune.model.levels import Levels
+from sana_tune.model.rollout import OFF, Rollout
 from sana_tune.progress import Progress
 from sana_tune.schedule import Schedule
 from sana_tune.train.ema import Ema, NoEma
 from sana_tune.train.release import Release
+from sana_tune.train.roll_in import Mixture, roll_in, velocity_of
 from sana_tune.train.rounding import place
 from sana_tune.train.scale import LossScale, NoLossScale
 
@@ -52,6 +54,7 @@ class Parts:
     scale: the loss scale of fp16. release: the weights are updated inside the backward pass; None = after it.
     compiled:    whether the blocks are compiled, so that few lengths of text are wanted.
     levels, objective, perturbation: how noise levels are drawn, what is minimised, and noise beyond the target's.
+    rollout:     which samples are trained at states that the model itself led to.
     base:        the untrained model, frozen; regularisation data learns what it predicts. None = its pictures.
     regularised: whether there is regularisation data: its loss is told apart then.
     """
@@ -70,6 +73,7 @@ class Parts:
     levels: Levels = flow.RECIPE
     objective: flow.Objective = flow.MSE
     perturbation: flow.Perturbation = flow.Perturbation()
+    rollout: Rollout = OFF
     base: nn.Module | None = None
     regularised: bool = False
     compiled: bool = False
@@ -233,21 +237,30 @@ def micro_loss(parts: Parts, batch: Batch, step: int, micro: int, micro_batches:
     text, text_mask = trimmed(
         batch.text, batch.text_mask, TEXT_MULTIPLE if parts.compiled else 8, masked=parts.compiled
     )
+    noisy, mask = flow.noised(x0, mixed, sigma), None if batch.loss_mask is None else to_device(batch.loss_mask, device)
     inputs = {
-        "hidden_states": flow.noised(x0, mixed, sigma).to(dtype),
+        "hidden_states": noisy.to(dtype),
         "encoder_hidden_states": to_device(text, device).to(dtype),
         "encoder_attention_mask": None if text_mask is None else to_device(text_mask, device),
         "timestep": flow.timestep(sigma),
         "return_dict": False,
     }
+    rolled = None
+    if parts.rollout.max_offset and batch.role is not Role.REGULARISE:
+        lengths = parts.rollout.lengths(shape[0], step, _generator("rollout", parts.seed, step, micro))
+        velocity = velocity_of(parts.bare, parts.accelerator.autocast, inputs, shape[0] if parts.compiled else None)
+        rolled = roll_in(parts.rollout, velocity, Mixture(x0, noise, noisy, levels), lengths, shift)
+        inputs["hidden_states"] = rolled.states.to(dtype)
     with parts.accelerator.autocast():
         prediction = parts.transformer(**inputs)[0]
     wanted = flow.target(x0, noise)
     if parts.base is not None and batch.role is Role.REGULARISE:
         with torch.no_grad(), parts.accelerator.autocast():
             wanted = parts.base(**inputs)[0]
-    mask = None if batch.loss_mask is None else to_device(batch.loss_mask, device)
-    return flow.loss(prediction, wanted, mask, sigma, parts.objective).mean
+    plain = flow.loss(prediction, wanted, mask, sigma, parts.objective)
+    if rolled is None:
+        return plain.mean
+    return rolled.loss(plain.per_sample, prediction, wanted, mask, sigma, parts.objective).mean()
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
