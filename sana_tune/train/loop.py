@@ -143,6 +143,7 @@ class Timed:
             images=result.images,
             skipped=result.skipped,
             losses=result.losses,
+            by_sigma=result.by_sigma,
         )
 
     def restart(self, steps: Iterator[Sequence[Sample]]) -> None:

@@ -79,7 +79,7 @@ def roll_in(settings: rollout.Rollout, velocity: Velocity, mixture: Mixture, len
     return RolledIn(states, places, mixture.x0, clean, settings.reflex)
 
 
-def velocity_of(model: Any, autocast: Callable[[], Any], inputs: Mapping[str, Any], size: int | None) -> Velocity:
+def velocity_of(model: Any, autocast: Callable[..., Any], inputs: Mapping[str, Any], size: int | None) -> Velocity:
     """The model's velocity at states of some samples of a micro-batch, in fp32 and without a graph.
 
     inputs: the model's for all samples, of which the texts are taken. size: samples of each call, the missing ones

@@ -114,7 +114,7 @@ def asked(home: Path, flags: str) -> Parts:
 
 def loss_at(parts: Parts, batch: Batch, step: int = 0) -> float:
     with torch.no_grad():
-        return float(micro_loss(parts, batch, step, 0))
+        return float(micro_loss(parts, batch, step, 0).mean)
 
 
 @pytest.fixture(scope="module")
