@@ -236,8 +236,13 @@ def _released_step(
     return read.result(rate, skipped=not read.is_finite, spoiled=not read.is_finite)
 
 
-def micro_loss(parts: Parts, batch: Batch, step: int, micro: int, micro_batches: int = 1) -> MicroLoss:
-    """The loss of one micro-batch of the step's `micro_batches`; the forward pass of the step."""
+def micro_loss(
+    parts: Parts, batch: Batch, step: int, micro: int, micro_batches: int = 1, *, exact: bool = False
+) -> MicroLoss:
+    """The loss of one micro-batch of the step's `micro_batches`; the forward pass of the step.
+
+    exact: computed in the dtype of the weights, without autocast.
+    """
     shape = batch.latents.shape
     device, dtype = parts.accelerator.device, parts.input_dtype
     shift = parts.shift_at(shape[-2] * shape[-1])
@@ -262,7 +267,7 @@ def micro_loss(parts: Parts, batch: Batch, step: int, micro: int, micro_batches:
         velocity = velocity_of(parts.bare, parts.accelerator.autocast, inputs, shape[0] if parts.compiled else None)
         rolled = roll_in(parts.rollout, velocity, Mixture(x0, noise, noisy, levels), lengths, shift)
         inputs["hidden_states"] = rolled.states.to(dtype)
-    with parts.accelerator.autocast():
+    with nullcontext() if exact else parts.accelerator.autocast():
         prediction = parts.transformer(**inputs)[0]
     wanted = flow.target(x0, noise)
     if parts.base is not None and batch.role is Role.REGULARISE:
