@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from sana_tune.data.loader import Batches
     from sana_tune.data.order import Order
     from sana_tune.model.flow import Objective
+    from sana_tune.model.rollout import Rollout
     from sana_tune.train.ema import Ema, NoEma
     from sana_tune.train.release import Release
     from sana_tune.train.scale import LossScale, NoLossScale
@@ -310,6 +311,7 @@ def build_parts(prepared: Prepared, accelerator: Accelerator) -> Parts:
         levels=prepared.plan.levels,
         objective=objective_of(config.loss),
         perturbation=Perturbation(config.loss.input_perturbation, config.loss.input_perturbation_steps),
+        rollout=rollout_of(config),
         base=base,
         regularised=is_regularised(prepared.buckets),
         compiled=config.model.dynamo_backend != "no",
@@ -375,6 +377,22 @@ def objective_of(settings: LossConfig) -> Objective:
         weighting=settings.loss_weighting,
         snr_gamma=settings.snr_gamma or 0.0,
         soft=settings.use_soft_min_snr,
+    )
+
+
+def rollout_of(config: Config) -> Rollout:
+    """Which samples are rolled in, and how: with steps as long as those that draw the validation pictures."""
+    from sana_tune.model.rollout import OFF, Reflex, Rollout
+
+    asked = {key.removeprefix("scheduled_sampling_"): value for key, value in config.rollout}
+    if not asked["max_step_offset"]:
+        return OFF
+    reflex = Reflex(asked["reflexflow_alpha"], asked["reflexflow_beta1"], asked["reflexflow_beta2"])
+    return Rollout(
+        max_offset=asked["max_step_offset"],
+        steps=config.validation.validation_num_inference_steps,
+        reflex=None if asked["reflexflow"] is False else reflex,
+        **{key: value for key, value in asked.items() if key != "max_step_offset" and not key.startswith("reflexflow")},
     )
 
 

@@ -46,6 +46,18 @@ HUBER_SCHEDULES: dict[str, str] = {
     "constant": "huber_c at every noise level",
 }
 
+ROLLOUT_STRATEGIES: dict[str, str] = {
+    "uniform": "every length is as likely",
+    "biased_early": "long rollouts, begun early in the drawing, are likelier",
+    "biased_late": "short rollouts, begun late, are likelier",
+}
+
+ROLLOUT_SAMPLERS: dict[str, str] = {
+    "unipc": "UniPC, order 1 to 3",
+    "dpm": "DPM-Solver++ (multistep), order 1 to 3: what draws the validation pictures",
+    "euler": "Euler's method; the order is 1",
+}
+
 LOSS_WEIGHTINGS: dict[str, str] = {
     "none": "every noise level counts alike, as NVIDIA trains",
     "sigma_sqrt": "1 / sigma²: low noise counts most",

@@ -25,6 +25,8 @@ from sana_tune.config.choices import (
     REFUSED_LOSS_WEIGHTINGS,
     REFUSED_LR_SCHEDULERS,
     REFUSED_SAMPLERS,
+    ROLLOUT_SAMPLERS,
+    ROLLOUT_STRATEGIES,
     SAMPLERS,
 )
 from sana_tune.config.optimizers import REFUSED_OPTIMIZERS
@@ -64,6 +66,8 @@ HuberSchedule = Annotated[str, AfterValidator(named(HUBER_SCHEDULES, "schedule o
 LossWeighting = Annotated[str, AfterValidator(named(LOSS_WEIGHTINGS, "weighting of the loss", REFUSED_LOSS_WEIGHTINGS))]
 Sampler = Annotated[str, AfterValidator(named(SAMPLERS, "sampler", REFUSED_SAMPLERS))]
 DrawingMethod = Annotated[str, AfterValidator(named(DRAWING_METHODS, "way to draw"))]
+RolloutStrategy = Annotated[str, AfterValidator(named(ROLLOUT_STRATEGIES, "strategy of rollouts"))]
+RolloutSampler = Annotated[str, AfterValidator(named(ROLLOUT_SAMPLERS, "sampler of rollouts"))]
 NoiseLevels = Annotated[tuple[float, ...], BeforeValidator(parse_levels)]
 Resolutions = Annotated[tuple[Resolution, ...], BeforeValidator(parse_resolutions)]
 OptimizerOptions = Annotated[str, BeforeValidator(parse_optimizer_config)]
@@ -221,6 +225,32 @@ class LossConfig(Section):
     )
 
 
+class RolloutConfig(Section):
+    scheduled_sampling_max_step_offset: int = setting(
+        0, "train samples at states the model itself led to, over at most so many sampler steps; 0 = off",
+        unit="steps", ge=0,
+    )  # fmt: skip
+    scheduled_sampling_probability: float = setting(0.0, "share of the samples that are rolled in", ge=0, le=1)
+    scheduled_sampling_prob_start: float = setting(0.0, "the same where a ramp begins", ge=0, le=1)
+    scheduled_sampling_prob_end: float = setting(0.5, "the same where the ramp ends, and after it", ge=0, le=1)
+    scheduled_sampling_ramp_steps: int = setting(
+        0, "length of the ramp, which takes the place of scheduled_sampling_probability; 0 = none", unit="steps", ge=0
+    )
+    scheduled_sampling_start_step: int = setting(0, "nothing is rolled in before this step", unit="steps", ge=0)
+    scheduled_sampling_ramp_shape: Literal["linear", "cosine"] = setting("linear", "shape of the ramp")
+    scheduled_sampling_strategy: RolloutStrategy = setting("uniform", "how long rollouts are")
+    scheduled_sampling_sampler: RolloutSampler = setting("unipc", "the sampler that leads there")
+    scheduled_sampling_order: int = setting(2, "order of the sampler", ge=1, le=3)
+    scheduled_sampling_reflexflow: bool | None = setting(
+        None, "ReflexFlow's terms in the loss of such samples; unset = on (one more forward of them)"
+    )
+    scheduled_sampling_reflexflow_alpha: float = setting(
+        1.0, "how much more positions count whose prediction drifts", ge=0
+    )
+    scheduled_sampling_reflexflow_beta1: float = setting(10.0, "factor of the anti-drift term", ge=0)
+    scheduled_sampling_reflexflow_beta2: float = setting(1.0, "factor of the velocity's own loss", ge=0)
+
+
 class OptimizerConfig(Section):
     optimizer: OptimizerName = setting("optimi-adamw", "name of the optimizer")
     learning_rate: float = setting(1e-5, "peak learning rate", gt=0)
@@ -352,6 +382,7 @@ class Config(Section):
     data: DataConfig = Field(description="Data")
     flow: FlowConfig = Field(description="Noise schedule")
     loss: LossConfig = Field(description="Loss")
+    rollout: RolloutConfig = Field(description="Scheduled sampling (rollouts)")
     optimizer: OptimizerConfig = Field(description="Optimizer and learning rate")
     train: TrainConfig = Field(description="Run, length and checkpoints")
     ema: EmaConfig = Field(description="Average of the weights (EMA)")

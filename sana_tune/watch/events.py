@@ -114,18 +114,20 @@ class Saved:
 
 @dataclass(frozen=True)
 class Finished:
-    """The run reached its last step; `pipeline` is the exported folder."""
+    """The run reached its last step; `pipeline` is the exported folder. skipped: steps that were not finite."""
 
     progress: Progress
     pipeline: str | None = None
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
 class Stopped:
-    """The run was asked to stop before its last step and has saved."""
+    """The run was asked to stop before its last step and has saved. skipped: as in Finished."""
 
     progress: Progress
     reason: str = ""
+    skipped: int = 0
 
 
 @dataclass(frozen=True)

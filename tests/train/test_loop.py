@@ -230,7 +230,7 @@ def test_single_bad_steps_are_skipped_and_told(tmp_path: Path):
 def test_too_many_bad_steps_end_the_run(tmp_path: Path):
     with pytest.raises(UserError, match="3 steps in a row") as caught:
         run(tmp_path, Course(9, save_every=Every(2)), batches=ToyBatches(bad_steps=(2, 3, 4)), max_bad_steps=3)
-    assert caught.value.problems[0].where == "step 5" and "learning_rate" in caught.value.problems[0].fix
+    assert caught.value.problems[0].where == "step 5" and "cache verify" in caught.value.problems[0].fix
     found = folders.find(tmp_path, "latest")
     assert found is not None and found.step == 4
 
