@@ -47,7 +47,8 @@ def test_training_is_the_same_to_the_bit_with_and_without_pictures(tmp_path: Pat
     settings = {"use_ema": True, "max_train_steps": 2, "caption_dropout_probability": 0.5}
     every = {
         **DRAWING, "validation_num_inference_steps": 1, "validation_preview": True, "validation_randomize": True,
-        "validation_on_startup": True, "validation_noise_scheduler": "unipc", "validation_disable_unconditional": False,
+        "validation_on_startup": True,
+        "validation_noise_scheduler": "unipc", "validation_disable_unconditional": False,
     }  # fmt: skip
     plain = trained(tmp_path / "plain", shown, **settings)
     drawn = trained(tmp_path / "drawn", shown, **settings, **every)

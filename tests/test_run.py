@@ -83,7 +83,7 @@ def test_a_run_tells_its_course_in_order_and_gives_all_back(small, tmp_path):
     middle = [Stepped, Validated, Stepped, Saved, Validated, Stepped]
     assert kinds == [Started, Validated, *middle, Saved, Validated, Finished]
     assert heard.encoded == {"text": 5, "latents of d0": 3}  # "", three captions and the prompt
-    assert [len(event.files) for event in heard.of(Validated)] == [1, 1, 1, 1]
+    assert [len(event.files) for event in heard.of(Validated)] == [2, 2, 2, 2]
     assert heard.of(Finished)[0].pipeline == str(tmp_path / "output/pipeline")
     assert [line["step"] for line in metrics_of(tmp_path / "output")] == [1, 2, 3]
 
