@@ -22,6 +22,7 @@ from sana_tune.config.schema import Config
 from sana_tune.data import shards
 from sana_tune.data.buckets import Bucket, make_buckets, settle, trained
 from sana_tune.data.captions import clean_caption
+from sana_tune.data.held_out import with_split
 from sana_tune.data.masks import with_masks
 from sana_tune.data.memory import FileMemory
 from sana_tune.data.records import Keys, Record
@@ -60,7 +61,7 @@ from sana_tune.plan import (
 )
 from sana_tune.progress import Progress
 from sana_tune.prompts import prompts_of
-from sana_tune.roles import dataset_plans, held_out_copies, learns_from_base, priced, timeline_for
+from sana_tune.roles import dataset_plans, evaluation_of, held_out_copies, learns_from_base, priced, timeline_for
 from sana_tune.store import FolderStore, Store
 from sana_tune.train.folders import Checkpoint, check_identity, find, folder_name, read
 from sana_tune.watch.metrics import last_lines
@@ -291,6 +292,7 @@ def survey_of(
         strict=data.strict,
         stores=stores,
     )
+    found = with_split(found, loaded.datasets, seed)
     settled = settle(found, loaded.datasets, alignment=alignment, rounding=rounding, seed=seed)
     return with_masks(settled, loaded.datasets, loaded.masks, memory, headers_only=headers_only)
 
@@ -387,7 +389,7 @@ def run_plan(
         timeline=timeline_for(loaded, buckets),
         learns_from_base=learns_from_base(config, buckets),
     )
-    return replace(plan, step_s=measured_step_s(output, plan))
+    return replace(plan, step_s=measured_step_s(output, plan), evaluation=evaluation_of(loaded, buckets))
 
 
 def memory_of(

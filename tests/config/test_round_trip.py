@@ -64,6 +64,7 @@ OF_KEYS: dict[str, st.SearchStrategy[Any]] = {
     "flow_distribution": st.sampled_from(sorted({*NOISE_DISTRIBUTIONS} - {"custom"})),
     "probability": st.floats(0, 1e4, exclude_min=True, allow_subnormal=False),
     "alpha_ground": st.sampled_from(["#0a1B2c", "#fff", "white", "rebeccapurple"]),
+    "eval_split": st.sampled_from([0, 0.05, 0.5, 1, 12]),
     "caption_shuffle": st.fixed_dictionaries(
         {"enable": st.booleans()},
         optional={
@@ -84,7 +85,7 @@ BY_HAND = {"pretrained_model_name_or_path", "data_backend_config", "id", "instan
            *SourceSettings.model_fields,
            "flow_custom_timesteps", "flow_use_uniform_schedule", "flow_use_beta_schedule", "snr_gamma",
            "optimizer_config", "optimizer_release_gradients", "lr_scale_sqrt",
-           "gradient_checkpointing_segment_stride", "dynamo_backend"}  # fmt: skip
+           "gradient_checkpointing_segment_stride", "dynamo_backend", "eval_dataset_id"}  # fmt: skip
 
 
 def values_of(info: FieldInfo) -> st.SearchStrategy[Any]:
