@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sana_tune.errors import Problem, UserError
-from sana_tune.model.sana import empty_device_cache
+from sana_tune.model.sana import empty_device_cache, no_bars
 
 BATCH = 8
 
@@ -33,13 +34,14 @@ class ClipScorer:
         from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
         try:
-            loaded: Any = CLIPModel.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-            )
+            with no_bars():
+                loaded: Any = CLIPModel.from_pretrained(
+                    folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+                )
             model, info = loaded
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise UserError(Problem(str(folder), f"CLIP cannot be loaded: {error}", _AGAIN)) from error
         if missing := sorted(info["missing_keys"]):
             raise UserError(

@@ -22,7 +22,7 @@ from sana_tune.log import log
 from sana_tune.progress import Progress
 from sana_tune.store import write_atomically
 from sana_tune.train.ema import NoEma
-from sana_tune.train.paired import Paired, drift, labels, paired, standard_error
+from sana_tune.train.paired import Drift, Paired, drift, labels, paired, standard_error
 from sana_tune.train.probe import Item, Probe, Stopped
 from sana_tune.train.step import summed
 from sana_tune.watch.events import Measured
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 FILE, VELOCITIES = "held_out.json", "held_out.safetensors"
 DRIFT_ITEMS = 16
 # Above these the advice is given. docs/evaluation.md says why; sure: that many standard errors.
-GAP, DRIFT, WORSE, SURE = 0.05, 0.3, 0.01, 2.0
+GAP, DRIFT, GAINED, WORSE, SURE = 0.05, 0.3, 0.5, 0.01, 2.0
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,11 @@ class Evaluator:
             values |= _values("trained", "raw", taught, names) | gap_values(held, taught, names)
             advice += gap_advice(held, taught, names)
         if taken.velocities is not None and base.velocities is not None:
-            values["drift"] = drift(taken.velocities, base.velocities)
-            advice += drift_advice(values["drift"])
+            items = drift_items(*base.held_out.shape)
+            gain = math.fsum(float(base.held_out[item] - taken.raw[item]) for item in items) / len(items)
+            way = drift(taken.velocities, base.velocities, gain)
+            values["drift"] = way.share
+            advice += drift_advice(way)
         if self._alarms:
             advice += best_advice(best, self._best, progress.step)
         if math.isfinite(best.mean) and (self._best is None or best.mean < self._best.value):
@@ -304,12 +307,12 @@ def gap_advice(held: Paired, taught: Paired, names: Sequence[str]) -> list[str]:
     ]
 
 
-def drift_advice(far: float) -> list[str]:
-    """A line when the predictions have moved far."""
-    if not far > DRIFT:
+def drift_advice(way: Drift) -> list[str]:
+    """A line when the predictions have moved far, and mostly not to where held-out pictures are."""
+    if not way.share > DRIFT or way.gained > GAINED:
         return []
     return [
-        f"drift: predictions are {100 * far:.0f} % of their length away from the base model's, which may forget "
+        f"drift: predictions are {100 * way.share:.0f} % of their length away from the base model's, which may forget "
         "what it knew: lower learning_rate, stop earlier, or add regularisation data"
     ]
 
