@@ -51,6 +51,7 @@ from sana_tune.prepare import (
     prompts_wanted,
     resumed,
     run_plan,
+    scorer_at_hand,
     survey_of,
     weights_dtype,
 )
@@ -167,6 +168,7 @@ def look_over(
     with _told_to(found.warnings):
         checkpoint = gather(found.problems, lambda: resumed(config, output))
         prompts = gather(found.problems, lambda: prompts_wanted(config)) or {}
+        gather(found.problems, lambda: scorer_at_hand(config))
         model, facts = _model(config, found)
         gather(found.problems, lambda: check_drawing_sizes(config, facts))
         memory = FileMemory(output.file_memory if writable else None)

@@ -43,6 +43,7 @@ from sana_tune.memory import (
 )
 from sana_tune.model import fetch
 from sana_tune.model.facts import ModelFacts, check_bf16, check_size, estimated_bytes, from_folder, known
+from sana_tune.model.fetch_scorer import scorer_on_disk
 from sana_tune.model.identity import latent_identity, text_identity
 from sana_tune.model.instruction import resolve_instruction
 from sana_tune.model.layout import component_weights
@@ -132,6 +133,7 @@ def prepare(loaded: Loaded, output: Output, notes: Sequence[str] = (), *, fresh:
     checkpoint = gather(problems, lambda: None if fresh else resumed(config, output))
     prompts = gather(problems, lambda: prompts_wanted(config))
     gather(problems, lambda: check_folders(loaded, stores))
+    gather(problems, lambda: scorer_at_hand(config))
     expected = gather(problems, lambda: facts_at_hand(config))
     if expected is not None:
         gather(problems, lambda: check_drawing_sizes(config, expected))
@@ -214,6 +216,17 @@ def prompts_wanted(config: Config) -> dict[str, str]:
     """Nickname → final text of every prompt to be drawn."""
     clean = partial(clean_caption, case=config.model.prompt_case)
     return {} if config.validation.validation_disable else prompts_of(config.validation, clean)
+
+
+def scorer_at_hand(config: Config) -> Path | None:
+    """The folder of the model that scores pictures, if it is on this machine and pictures are scored.
+
+    Raises UserError for one that cannot be had.
+    """
+    wanted = config.evaluation
+    if wanted.evaluation_type == "none" or config.validation.validation_disable:
+        return None
+    return scorer_on_disk(wanted.pretrained_evaluation_model_name_or_path)
 
 
 def check_folders(loaded: Loaded, stores: Mapping[str, Store]) -> None:

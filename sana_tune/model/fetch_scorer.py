@@ -33,30 +33,30 @@ def locate_scorer(name: str) -> Path:
     name: a folder as transformers saves it, or a hub id. Raises UserError with what is wrong and what to do, as
     `fetch.locate` does.
     """
-    try:
-        return _located(name)
-    except UserError as error:
-        told = (
-            replace(problem, where=KEY if problem.where == fetch.KEY else problem.where) for problem in error.problems
-        )
-        raise UserError(*told) from error
+    folder = scorer_on_disk(name)
+    return _download(name) if folder is None else folder
 
 
-def _located(name: str) -> Path:
-    folder = None if name == fetch.NANO else fetch.local_folder(name)
+def scorer_on_disk(name: str) -> Path | None:
+    """The folder of a CLIP model on this machine, or None for one that must be downloaded first. Asks no network.
+
+    Raises UserError as `locate_scorer` for a folder, and for a model that is not here in offline mode.
+    """
     if name == fetch.NANO:
         raise UserError(Problem(KEY, "nano is no CLIP model", "name a hub id, or a folder"))
+    try:
+        folder = fetch.local_folder(name)
+    except UserError as error:
+        raise UserError(*(replace(problem, where=KEY) for problem in error.problems)) from error
     if folder is not None:
         _check(folder, os.listdir(folder))
         return folder
     cached = _cached(name)
-    if cached is not None:
-        return cached
-    if fetch.is_offline():
+    if cached is None and fetch.is_offline():
         what = f"offline mode is on (HF_HUB_OFFLINE), and {name} has not been downloaded whole from the hub"
         fix = "download it once with the network, name a local folder, or set evaluation_type none"
         raise UserError(Problem(KEY, what, fix))
-    return _download(name)
+    return cached
 
 
 def _download(name: str) -> Path:
@@ -71,7 +71,9 @@ def _download(name: str) -> Path:
             log.info("downloading %s: %.2f GB to score pictures with", name, sum(sizes[file] for file in wanted) / 1e9)
             return Path(snapshot_download(name, allow_patterns=wanted))
     except fetch.NoNetwork as error:
-        raise UserError(error.problem) from error
+        raise UserError(replace(error.problem, where=KEY)) from error
+    except UserError as error:
+        raise UserError(*(replace(problem, where=KEY) for problem in error.problems)) from error
 
 
 def needed(names: Collection[str]) -> list[str]:
