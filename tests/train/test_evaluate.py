@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from sana_tune.train.step import Parts
 from sana_tune.train.validate import NoValidator
 from sana_tune.watch.events import Event, Measured
 from sana_tune.watch.sinks import Watcher
+from tests.journeys.kit import Child
 from tests.train.toys import CHANNELS, TEXT_WIDTH, Course, ToyBatches, differences, make_parts, state_of
 
 
@@ -316,3 +319,45 @@ def test_the_loop_measures_at_start_on_the_way_and_at_the_end_and_trains_as_with
     assert [each.progress.step for each in story.measured] == [0, 2, 3, 4, 5], "3 ends one and a half epochs"
     assert differences(*states) == []
     assert story.measured[-1].values["held_out/ema"] != 1.0
+
+
+# ---- two processes ----
+
+
+def measured_on(folder: Path, rank: int = 0, ranks: int = 1, port: int = 0) -> None:
+    """Measure a model as one of so many processes; the numbers go to folder/rank."""
+    from accelerate.state import PartialState
+
+    if ranks > 1:
+        PartialState._reset_state()
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+        os.environ |= {**address, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    parts = make_parts()
+    assert parts.accelerator.num_processes == ranks
+    torch.set_num_threads(1)
+    mine = evaluator(folder)
+    mine.start(parts, Progress())
+    nudged(parts)
+    parts.ema.update(1)
+    found = values(mine.run(parts, Progress(1)))
+    parts.accelerator.wait_for_everyone()
+    again = evaluator(folder)
+    assert again.start(parts, Progress(1)) is None and values(again.run(parts, Progress(1))) == found
+    (folder / str(rank)).write_text(json.dumps(found))
+
+
+def test_two_processes_tell_and_keep_what_one_does(tmp_path: Path):
+    with socket.socket() as probing:
+        probing.bind(("127.0.0.1", 0))
+        port = probing.getsockname()[1]
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    one = Child(lambda: measured_on(folders[0]), tmp_path / "one.log")
+    assert one.wait() == 0, one
+    two = [Child(lambda rank=rank: measured_on(folders[1], rank, 2, port), tmp_path / f"{rank}.log") for rank in (0, 1)]
+    assert [child.wait() for child in two] == [0, 0], two
+    told = (folders[0] / "0").read_text()
+    assert (folders[1] / "0").read_text() == (folders[1] / "1").read_text() == told
+    for name in (FILE, VELOCITIES):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
