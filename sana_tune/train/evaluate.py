@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from sana_tune.data.records import digest
+from sana_tune.data.records import content_hash, digest
 from sana_tune.log import log
 from sana_tune.progress import Progress
 from sana_tune.store import write_atomically
@@ -95,6 +94,7 @@ class Evaluator:
         self._names = names or {subject.dataset: subject.dataset for subject in held_out.subjects}
         self._base: Base | None = None
         self._best: Best | None = None
+        self._content: dict[str, Any] = {}  # of the file
         self._last: int | None = None  # the step that was measured last
 
     # ---- what the loop asks ----
@@ -129,7 +129,7 @@ class Evaluator:
         taken = self._taken(parts, progress, drift_items(*sigmas.shape) if self._alarms else ())
         if self._base is None:
             self._base = Base(progress.step, taken.raw, taken.trained, taken.velocities)
-            self._write(parts, new=True)
+            self._keep(parts, self._base)
         self._last = progress.step
         return self._told(parts, progress, self._base, labels(sigmas), taken)
 
@@ -155,7 +155,7 @@ class Evaluator:
             taught = paired(taken.trained, base.trained)
             values |= _values("trained", "raw", taught, names) | gap_values(held, taught, names)
             advice += gap_advice(held, taught, names)
-        if taken.velocities is not None and base.velocities is not None:
+        if taken.velocities is not None and base.velocities is not None:  # both of the same items
             items = drift_items(*base.held_out.shape)
             gain = math.fsum(float(base.held_out[item] - taken.raw[item]) for item in items) / len(items)
             way = drift(taken.velocities, base.velocities, gain)
@@ -165,7 +165,7 @@ class Evaluator:
             advice += best_advice(best, self._best, progress.step)
         if math.isfinite(best.mean) and (self._best is None or best.mean < self._best.value):
             self._best = Best(progress.step, best.mean, best.changes)
-            self._write(parts)
+            self._write(parts, {**self._content, "best": asdict(self._best)})
         if bad := [name for name, value in values.items() if not math.isfinite(value)]:
             advice.insert(0, f"not finite: {', '.join(bad[:3])}{' …' if len(bad) > 3 else ''}: the weights are spoiled")
         return Measured(progress, {name: value for name, value in values.items() if name not in bad}, tuple(advice))
@@ -194,18 +194,18 @@ class Evaluator:
         }  # fmt: skip
 
     def _read(self, parts: Parts, progress: Progress) -> bool:
-        """Read the base's losses. Whether all ranks could."""
+        """Read the base's losses. Whether all ranks could. The mark says that the rest is as this class writes it."""
         kept, mark = _json(self._folder / FILE), self._mark(parts)
         told = kept.get("of", {})
-        there = told.get("held_out") == mark["held_out"] and "held_out" in kept.get("base", {})
+        there = told.get("held_out") == mark["held_out"]
         if parts.accelerator.num_processes > 1:
             count = torch.tensor(float(there), device=parts.accelerator.device)
             there = round(summed(parts.accelerator, count).item()) == parts.accelerator.num_processes
         if not there:
             return False
-        values = kept["base"]
+        self._content, values = kept, kept["base"]
         trained = _tensor(values.get("trained")) if told.get("trained") == mark.get("trained") else None
-        velocities = self._velocities() if self._alarms else None
+        velocities = self._velocities(told["velocities"]) if self._alarms else None
         self._base = Base(int(kept["step"]), torch.tensor(values["held_out"], dtype=torch.float64), trained, velocities)
         if self._alarms and (velocities is None or (self._trained is not None and trained is None)):
             log.warning(
@@ -219,28 +219,34 @@ class Evaluator:
             log.warning("the held-out loss is told against the model of step %d", self._base.step)
         return True
 
-    def _velocities(self) -> Tensor | None:
+    def _velocities(self, mark: str | None) -> Tensor | None:
+        """The base's predictions; None when the file is not there, or not the one that was kept."""
         try:
-            return load((self._folder / VELOCITIES).read_bytes())["velocities"]
-        except (OSError, SafetensorError, KeyError):
+            data = (self._folder / VELOCITIES).read_bytes()
+        except OSError:
             return None
+        return load(data)["velocities"] if content_hash(data) == mark else None
 
-    def _write(self, parts: Parts, *, new: bool = False) -> None:
-        """Keep the base's losses and the best ones. new: the base was just measured."""
-        if self._base is None or not parts.accelerator.is_main_process:
-            return
-        base, probes = self._base, (self._held_out, self._trained)
-        if new and base.velocities is not None:
-            write_atomically(self._folder / VELOCITIES, save({"velocities": base.velocities.contiguous()}))
+    def _keep(self, parts: Parts, base: Base) -> None:
+        """Keep what was just measured of the base."""
+        data = None if base.velocities is None else save({"velocities": base.velocities.contiguous()})
+        if data is not None and parts.accelerator.is_main_process:
+            write_atomically(self._folder / VELOCITIES, data)
+        probes = (self._held_out, self._trained)
         content = {
             "step": base.step,
-            "of": self._mark(parts),
+            "of": {**self._mark(parts), "velocities": None if data is None else content_hash(data)},
             "pictures": [[subject.id for subject in probe.subjects] if probe else [] for probe in probes],
             "sigmas": self._held_out.sigmas(parts).tolist(),
             "base": {"held_out": base.held_out.tolist(), "trained": _listed(base.trained)},
-            "best": asdict(self._best) if self._best else None,
+            "best": None,
         }
-        write_atomically(self._folder / FILE, (json.dumps(content) + "\n").encode("utf-8"))
+        self._write(parts, content)
+
+    def _write(self, parts: Parts, content: dict[str, Any]) -> None:
+        self._content = content
+        if parts.accelerator.is_main_process:
+            write_atomically(self._folder / FILE, (json.dumps(content) + "\n").encode("utf-8"))
 
 
 class NoEvaluator:

@@ -212,6 +212,28 @@ def test_alarms_that_were_off_cannot_be_told_later(tmp_path: Path, said: list[st
     assert "gap/raw" not in found and "drift" not in found and found["held_out/raw"] == 1.0
 
 
+def test_alarms_that_are_off_for_a_while_lose_nothing(tmp_path: Path, said: list[str]):
+    parts = make_parts()
+    evaluator(tmp_path).start(parts, Progress())
+    off = evaluator(tmp_path, alarms=False)
+    off.start(parts, Progress(2))
+    off._best = None  # so that the file is written again
+    off.run(nudged(parts), Progress(3))
+    mine = evaluator(tmp_path)
+    mine.start(parts, Progress(4))
+    assert {"gap/raw", "drift"} < set(values(mine.run(parts, Progress(4)))) and said == []
+
+
+def test_predictions_of_another_run_are_not_taken(tmp_path: Path, said: list[str]):
+    parts = make_parts()
+    evaluator(tmp_path).start(parts, Progress())
+    (tmp_path / VELOCITIES).write_bytes(b"torn")
+    mine = evaluator(tmp_path)
+    mine.start(parts, Progress(4))
+    found = values(mine.run(parts, Progress(4)))
+    assert "drift" not in found and "gap/raw" in found and "the gap or the drift is not told" in said[0]
+
+
 def test_the_end_is_measured_once(tmp_path: Path):
     parts, mine = make_parts(), evaluator(tmp_path)
     mine.start(parts, Progress())
