@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sana_tune.config.datasets import ImageDataset, TextDataset
 from sana_tune.data.notes import latent_note, text_note
-from sana_tune.data.records import Record
+from sana_tune.data.records import Record, Role
 from sana_tune.data.redraw import Redraw
 from sana_tune.data.survey import rules_of
 from sana_tune.errors import Problem, UserError
@@ -321,7 +321,7 @@ class Supply:
         self._whole: set[str] = set()  # ids of caches to be filled on demand in which nothing was missing
         self._epochs: tuple[int, ...] = ()
         self._now: list[Prepared] = [prepared]
-        self._records: dict[str, Record] = {}
+        self._records = {prepared.keys.latent(each): each for each in prepared.survey.records if each.role is Role.EVAL}
         self._mended = Counter[str]()
         texts = {name: self._text(name, cache) for name, cache in caches.texts.items()}
         datasets = {dataset.id: dataset for dataset in prepared.loaded.datasets}

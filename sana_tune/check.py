@@ -52,6 +52,7 @@ from sana_tune.prepare import (
     prompts_wanted,
     resumed,
     run_plan,
+    scorer_at_hand,
     survey_of,
     texts_of,
     weights_dtype,
@@ -170,6 +171,7 @@ def look_over(
     with _told_to(found.warnings):
         checkpoint = gather(found.problems, lambda: resumed(config, output))
         drawn = gather(found.problems, lambda: prompts_wanted(config)) or {}
+        gather(found.problems, lambda: scorer_at_hand(config))
         model, facts = _model(config, found)
         gather(found.problems, lambda: check_drawing_sizes(config, facts, drawn))
         gather(found.problems, lambda: check_decoder(config, facts))

@@ -123,6 +123,8 @@ _OF_A_RUN = (
     "validation_images",
     "pipeline",
     "pipeline.json",
+    "held_out.json",
+    "held_out.safetensors",
 )
 
 

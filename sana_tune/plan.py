@@ -118,6 +118,26 @@ class EpochsPlan:
 
 
 @dataclass(frozen=True)
+class EvaluationPlan:
+    """What is measured of held-out pictures: the start, the end, and `every` on the way.
+
+    pictures: held-out ones, each at so many noise `levels`; compared: trained ones beside them. averaged: whether the
+    EMA is measured too.
+    """
+
+    pictures: int
+    levels: int
+    compared: int
+    averaged: bool
+    every: Every
+
+    @property
+    def forwards(self) -> int:
+        """Predictions that one measurement takes."""
+        return self.levels * (self.pictures * (1 + self.averaged) + self.compared)
+
+
+@dataclass(frozen=True)
 class DiskNeed:
     """Bytes that a run writes: caches to come, the checkpoints that are kept (of `kept`), and the pipeline."""
 
@@ -169,6 +189,20 @@ class Plan:
     epochs_shown: tuple[EpochsPlan, ...] = ()
     timeline: Timeline | None = field(default=None, compare=False, repr=False)
     pictures: tuple[str, ...] = ()  # what is drawn and when, in words
+    evaluation: EvaluationPlan | None = None
+
+    @property
+    def evaluate_every(self) -> Every:
+        """When held-out pictures are measured on the way."""
+        return Every() if self.evaluation is None else self.evaluation.every
+
+    @property
+    def evaluation_s(self) -> float | None:
+        """Seconds that one such measurement takes, about; None when no speed is known."""
+        if self.evaluation is None or self.step_s is None or not self.images_per_step:
+            return None
+        # a step computes each picture forward, backward at twice the cost, and once more what is recomputed
+        return self.evaluation.forwards * self.step_s / self.images_per_step / (3 + self.pace["checkpointed_share"])
 
     def epoch_after(self, step: int) -> float:
         """Epochs that are done after so many steps, the share of the one that it ends in counted."""
@@ -505,6 +539,7 @@ def plan_lines(plan: Plan, ledger: Ledger) -> list[str]:
     lines.append(f"Length: {length_line(plan)}")
     lines += schedule_lines(plan)
     lines += [f"Pictures: {line}" if number == 0 else f"    {line}" for number, line in enumerate(plan.pictures)]
+    lines += [f"Held-out: {line}" for line in evaluation_lines(plan)]
     lines += [f"Time: {line}" for line in time_lines(plan)]
     lines += [f"Memory: {line}" if number == 0 else line for number, line in enumerate(memory_lines(plan))]
     return [*lines, f"Disk: {disk_line(plan)}"]
@@ -514,8 +549,9 @@ def dataset_lines(part: DatasetLedger, plan: Plan | None = None) -> list[str]:
     """What became of the files of a dataset and what it is for; pictures that are left out follow, indented."""
     fate = "held out" if part.role == Role.EVAL.value else "trained"
     not_drawn = f" + {part.not_drawn} not drawn (max_num_samples)" if part.not_drawn else ""
+    split = f" + {len(part.held_out)} held out (eval_split)" if part.held_out else ""
     lines = [
-        f"{part.found} pictures found = {part.trained} {fate} + {len(part.left_out)} left out{not_drawn}; "
+        f"{part.found} pictures found = {part.trained} {fate}{split} + {len(part.left_out)} left out{not_drawn}; "
         f"{part.not_pictures} other files, {part.caption_files} of them captions"
     ]
     lines += [f"    left out: {key} ({reason})" for key, reason in part.left_out[:LEFT_OUT_SHOWN]]
@@ -600,13 +636,27 @@ def length_line(plan: Plan) -> str:
     )
 
 
+def evaluation_lines(plan: Plan) -> list[str]:
+    """What is measured of held-out pictures and when, where any are."""
+    wanted = plan.evaluation
+    if wanted is None:
+        return []
+    every = [f"every {wanted.every.steps} steps"] if wanted.every.steps else []
+    every += [f"every {wanted.every.epochs:g} epochs"] if wanted.every.epochs else []
+    pictures = f"{wanted.pictures} picture{'s' * (wanted.pictures != 1)} × {wanted.levels} noise levels"
+    beside = f", with {wanted.compared} trained ones beside them" if wanted.compared else ""
+    weights = ", raw weights and EMA" if wanted.averaged else ""
+    took = "" if plan.evaluation_s is None else f", about {human_time(plan.evaluation_s)} each"
+    return [f"{pictures}{beside}{weights}; {', '.join(['at the start', *every])} and at the end{took}"]
+
+
 def time_lines(plan: Plan) -> list[str]:
     """How long the steps left take, where a speed was measured."""
     if plan.step_s is None or plan.left_s is None or not plan.steps_left:
         return []
     return [
         f"about {human_time(plan.left_s)} for {plan.steps_left} steps at {plan.step_s:.3g} s a step, as "
-        "measured in the last run here; caching and validation pictures come on top"
+        "measured in the last run here; caching, validation pictures and held-out ones come on top"
     ]
 
 

@@ -22,6 +22,7 @@ from sana_tune.config.schema import Config
 from sana_tune.data import shards
 from sana_tune.data.buckets import Bucket, make_buckets, settle, trained
 from sana_tune.data.captions import clean_caption
+from sana_tune.data.held_out import with_split
 from sana_tune.data.masks import with_masks
 from sana_tune.data.memory import FileMemory
 from sana_tune.data.records import Keys, Record
@@ -42,6 +43,7 @@ from sana_tune.memory import (
 )
 from sana_tune.model import fetch, preview_file
 from sana_tune.model.facts import ModelFacts, check_bf16, check_size, estimated_bytes, from_folder, known
+from sana_tune.model.fetch_scorer import scorer_on_disk
 from sana_tune.model.identity import latent_identity, text_identity
 from sana_tune.model.instruction import resolve_instruction
 from sana_tune.model.layout import component_weights
@@ -60,7 +62,7 @@ from sana_tune.plan import (
 )
 from sana_tune.progress import Progress
 from sana_tune.prompts import Prompt, drawing_lines, prompts_of
-from sana_tune.roles import dataset_plans, held_out_copies, learns_from_base, priced, timeline_for
+from sana_tune.roles import dataset_plans, evaluation_of, held_out_copies, learns_from_base, priced, timeline_for
 from sana_tune.store import FolderStore, Store
 from sana_tune.train.folders import Checkpoint, check_identity, find, folder_name, read
 from sana_tune.watch.metrics import last_lines
@@ -132,6 +134,7 @@ def prepare(loaded: Loaded, output: Output, notes: Sequence[str] = (), *, fresh:
     checkpoint = gather(problems, lambda: None if fresh else resumed(config, output))
     prompts = gather(problems, lambda: prompts_wanted(config))
     gather(problems, lambda: check_folders(loaded, stores))
+    gather(problems, lambda: scorer_at_hand(config))
     expected = gather(problems, lambda: facts_at_hand(config))
     if expected is not None:
         gather(problems, lambda: check_drawing_sizes(config, expected, prompts or {}))
@@ -218,6 +221,17 @@ def prompts_wanted(config: Config) -> dict[str, Prompt]:
     return {} if config.validation.validation_disable else prompts_of(config.validation, clean)
 
 
+def scorer_at_hand(config: Config) -> Path | None:
+    """The folder of the model that scores pictures, if it is on this machine and pictures are scored.
+
+    Raises UserError for one that cannot be had.
+    """
+    wanted = config.evaluation
+    if wanted.evaluation_type == "none" or config.validation.validation_disable:
+        return None
+    return scorer_on_disk(wanted.pretrained_evaluation_model_name_or_path)
+
+
 def check_folders(loaded: Loaded, stores: Mapping[str, Store]) -> None:
     """Raise UserError for every dataset whose folder, bucket or table is not there."""
     problems: list[Problem] = []
@@ -294,6 +308,7 @@ def survey_of(
         strict=data.strict,
         stores=stores,
     )
+    found = with_split(found, loaded.datasets, seed)
     settled = settle(found, loaded.datasets, alignment=alignment, rounding=rounding, seed=seed)
     return with_masks(settled, loaded.datasets, loaded.masks, memory, headers_only=headers_only)
 
@@ -404,7 +419,8 @@ def run_plan(
         learns_from_base=learns_from_base(config, buckets),
     )
     drawn = drawing_lines(config, prompts, drawing_sizes(config, facts))
-    return replace(plan, step_s=measured_step_s(output, plan), pictures=drawn)
+    held = evaluation_of(loaded, buckets)
+    return replace(plan, step_s=measured_step_s(output, plan), pictures=drawn, evaluation=held)
 
 
 def memory_of(

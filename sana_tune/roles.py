@@ -5,19 +5,23 @@ Pure, no torch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from sana_tune.config.datasets import ImageDataset
+from sana_tune.config.evaluation_rules import asked_ids
 from sana_tune.config.load import Loaded
 from sana_tune.config.schema import Config
 from sana_tune.data.buckets import Bucket, trained
 from sana_tune.data.order import names_of, timeline_of
 from sana_tune.data.records import Record, Role
-from sana_tune.data.survey import role_of
+from sana_tune.data.survey import role_of, rules_of
 from sana_tune.data.timeline import Timeline, Window
 from sana_tune.errors import Problem, UserError
 from sana_tune.memory import changed
-from sana_tune.plan import DatasetPlan
+from sana_tune.model.levels import spread
+from sana_tune.plan import DatasetPlan, EvaluationPlan, levels_of
+from sana_tune.progress import Every
 
 _NAMES_SHOWN = 5
 
@@ -29,9 +33,10 @@ def dataset_plans(loaded: Loaded) -> tuple[DatasetPlan, ...]:
 
 def _dataset_plan(loaded: Loaded, dataset: ImageDataset) -> DatasetPlan:
     role = role_of(dataset)
-    if role is Role.EVAL:
-        return DatasetPlan(dataset.id, role.value, text_cache=_own_text_cache(loaded, dataset))
     masks = next((entry for entry in loaded.masks if entry.id == dataset.conditioning_data), None)
+    if role is Role.EVAL:
+        kind, text = masks and masks.conditioning_type, _own_text_cache(loaded, dataset)
+        return DatasetPlan(dataset.id, role.value, text_cache=text, masks=masks and masks.id, mask_kind=kind)
     return DatasetPlan(
         id=dataset.id,
         role=role.value,
@@ -80,6 +85,34 @@ def timeline_for(loaded: Loaded, buckets: Sequence[Bucket]) -> Timeline | None:
         what = f"no dataset is shown in the first step; {', '.join(names_of(shown))} start later"
         raise UserError(Problem("datasets", what, "lower start_epoch or start_step of one of them"))
     return timeline
+
+
+def changing(datasets: Iterable[ImageDataset]) -> frozenset[str]:
+    """The datasets of which other crops are shown in each epoch."""
+    return frozenset(
+        each.id for each in datasets if each.vae_cache_clear_each_epoch and rules_of(each, 1, 2).needs_chance
+    )
+
+
+def evaluation_of(loaded: Loaded, buckets: Iterable[Bucket]) -> EvaluationPlan | None:
+    """What is measured of held-out pictures; None when nothing is."""
+    wanted, config = loaded.config.evaluation, loaded.config
+    held, taught = Counter[str](), 0
+    only, excluded = asked_ids(config), changing(loaded.datasets)
+    for bucket in buckets:
+        if bucket.role is Role.EVAL and (not only or bucket.dataset in only):
+            held[bucket.dataset] += len(bucket.records)
+        elif bucket.role is Role.TRAIN and bucket.dataset not in excluded:
+            taught += len(bucket.records)
+    if wanted.eval_loss_disable or not held:
+        return None
+    pictures = sum(min(count, wanted.num_eval_images or count) for count in held.values())
+    levels, epochs = len(spread(levels_of(config), 1.0, wanted.eval_timesteps)), wanted.eval_epoch_interval or 0.0
+    steps = wanted.eval_steps_interval
+    if steps is None:
+        steps = 0 if epochs else config.validation.validation_step_interval
+    compared = min(pictures, taught) if wanted.alarms else 0
+    return EvaluationPlan(pictures, levels, compared, config.ema.use_ema, Every(steps, epochs))
 
 
 def is_regularised(buckets: Iterable[Bucket]) -> bool:

@@ -34,6 +34,7 @@ from sana_tune.data.survey import Survey, strict_problems
 from sana_tune.drawing import autocast_dtype, precision, snippet_of, validator_of
 from sana_tune.errors import Interrupted, Problem, UserError
 from sana_tune.log import log
+from sana_tune.measuring import evaluator_of, scored, scorer_folder
 from sana_tune.output import Output
 from sana_tune.prepare import (
     Prepared,
@@ -89,6 +90,7 @@ def _run(loaded: Loaded, notes: Sequence[str], restart: bool, sinks: Sequence[Si
     handler = logs.add_file(output.log_file)
     try:
         prepared = prepare(loaded, output, notes, fresh=restart)
+        scorer = scorer_folder(prepared)  # before anything is written: it may be a download
         tell(prepared)
         if (finished := finished_already(prepared)) is not None:
             return finished
@@ -99,7 +101,7 @@ def _run(loaded: Loaded, notes: Sequence[str], restart: bool, sinks: Sequence[Si
         all_sinks = [screen(logs.console()), MetricsSink(output.metrics_file), *sinks]
         with Watcher(all_sinks) as watcher:
             try:
-                return work(prepared, before, watcher, stop)
+                return work(prepared, before, watcher, stop, scorer)
             except UserError as error:
                 watcher.emit(Failed("\n".join(str(problem) for problem in error.problems)))
                 raise
@@ -107,15 +109,20 @@ def _run(loaded: Loaded, notes: Sequence[str], restart: bool, sinks: Sequence[Si
         logs.remove(handler)
 
 
-def work(prepared: Prepared, before: Mapping[str, Any], watcher: Watcher, stop: Stop) -> Progress:
-    """Everything heavy: encode what the caches lack, then train. before: the plan.json of the run that is resumed."""
+def work(
+    prepared: Prepared, before: Mapping[str, Any], watcher: Watcher, stop: Stop, scorer: Path | None = None
+) -> Progress:
+    """Everything heavy: encode what the caches lack, then train. before: the plan.json of the run that is resumed.
+
+    scorer: folder of the model that scores pictures, if any does.
+    """
     from sana_tune.train.device import make_accelerator
 
     accelerator = make_accelerator(prepared.config.train.device, precision(prepared.loaded))
     caches = open_caches(prepared)
     prepared = filled(prepared, caches, accelerator.device, watcher)
     tell_changes(before, prepared)
-    return train(prepared, caches, accelerator, watcher, stop)
+    return train(prepared, caches, accelerator, scored(prepared, watcher, scorer, accelerator), stop)
 
 
 def warm(loaded: Loaded, *, notes: Sequence[str] = (), sinks: Sequence[Sink] = ()) -> None:
@@ -236,6 +243,7 @@ def train(prepared: Prepared, caches: Caches, accelerator: Accelerator, watcher:
                 stop,
                 resume=prepared.checkpoint,
                 export=lambda progress: export(prepared, parts, progress),
+                evaluator=evaluator_of(prepared, caches, supply.reading, lambda: stop.requested),
                 max_bad_steps=config.train.max_bad_steps,
             )
         finally:  # the last word: a line of hours ago is read by nobody

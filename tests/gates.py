@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("check",),
     ("caching",),
     ("drawing",),
-    ("inventory", "offline"),
+    ("inventory", "offline", "measuring"),
     ("run",),
     ("bench",),
     ("cli",),

@@ -23,6 +23,7 @@ from sana_tune.plan import (
     Plan,
     dataset_lines,
     disk_line,
+    evaluation_lines,
     human_bytes,
     length_line,
     memory_lines,
@@ -283,6 +284,7 @@ def _plan(plan: Plan, width: int) -> Iterator[Line]:
     yield from _labelled("Noise", noise_lines(plan), width)
     yield from _labelled("Caches", [_cache(cache) for cache in plan.caches], width)
     yield from _labelled("Disk", [disk_line(plan)], width)
+    yield from _labelled("Held-out", evaluation_lines(plan), width)
     yield from _labelled("Memory", memory_lines(plan), width)
     known = time_lines(plan) or ["not known: nothing was trained here at this pace yet"]
     yield from _labelled("Time", known if plan.steps_left else ["all steps are done"], width)

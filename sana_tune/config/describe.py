@@ -52,6 +52,7 @@ from sana_tune.config.schema import (
 from sana_tune.config.values import (
     parse_aspect_buckets,
     parse_colour,
+    parse_ids,
     parse_instruction,
     parse_levels,
     parse_optimizer_config,
@@ -77,6 +78,7 @@ TYPES: Mapping[type, str] = {bool: "true/false", int: "whole number", float: "nu
 # Types whose values are read by a function of values.py: the function says what it takes.
 READ_BY: Mapping[Any, str] = {
     parse_resolutions: "size or list of sizes",
+    parse_ids: "text or list of ids",
     parse_instruction: "text or list of lines",
     parse_levels: "number or list of numbers",
     parse_optimizer_config: "text of name=value, or an object",

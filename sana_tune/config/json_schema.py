@@ -25,6 +25,7 @@ from sana_tune.config.values import (
     WIDEST,
     parse_aspect_buckets,
     parse_colour,
+    parse_ids,
     parse_instruction,
     parse_levels,
     parse_optimizer_config,
@@ -42,7 +43,11 @@ NUMBER = rf"^\s*[+-]?({_DIGITS}(\.({_DIGITS})?)?|\.{_DIGITS})([eE][+-]?[0-9]+)?\
 NUMBERS = rf"{NUMBER[:-1]}(,{NUMBER[1:-1]})*$"
 SIZE = r"^(\s*[0-9]+(\.0+)?\s*([xX×]\s*[0-9]+)?\s*(,|$))+$"
 SWITCHES = ("true", "false", "t", "f", "yes", "no", "y", "n", "on", "off", "1", "0")
-OR_TEXT = {parse_instruction: "array", parse_optimizer_config: "object"}  # text, or this kind of value
+OR_TEXT = {
+    parse_ids: "array",
+    parse_instruction: "array",
+    parse_optimizer_config: "object",
+}  # text, or this kind of value
 TRUE: Schema = {"enum": [True, 1, "true", "True", "TRUE", "1"]}
 BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 OFF = [*legacy.OFF, [], {}]  # what asks for nothing, for every key

@@ -31,7 +31,6 @@ OFF: tuple[Any, ...] = (None, "", False, "false", "False", "none", "None", "no",
 LATER_TRAINING: dict[str, tuple[Any, ...]] = {
     "base_model_precision": (),
     "checkpoint_epoch_interval": (),
-    "eval_dataset_id": (),
     "fuse_optimizer": (),
     "gradient_precision": ("unmodified",),
     "init_lokr_norm": (),
@@ -59,9 +58,6 @@ LATER_TRAINING: dict[str, tuple[Any, ...]] = {
 # Not built yet, and it only adds output or saves memory while caching: accepted with a loud note.
 LATER_OUTPUT: dict[str, tuple[Any, ...]] = {
     "disk_low_threshold": (),
-    "eval_epoch_interval": (),
-    "eval_steps_interval": (),
-    "evaluation_type": (),
     "post_checkpoint_script": (),
     "post_upload_script": (),
     "publishing_config": (),
@@ -80,13 +76,10 @@ LATER_OUTPUT: dict[str, tuple[Any, ...]] = {
     "disk_low_action": ("stop",),
     "disk_low_script": (),
     "enable_watermark": (),
-    "eval_dataset_pooling": (),
-    "eval_timesteps": (),
     "hub_model_id": (),
     "logging_dir": (),
     "model_card_note": (),
     "modelspec_comment": (),
-    "num_eval_images": (),
 }
 
 NO_EFFECT: dict[str, str] = {
@@ -136,7 +129,6 @@ NO_EFFECT: dict[str, str] = {
     "delete_model_after_load": "only the needed variant is downloaded, and kept",
     "dynamo_mode": "blocks are compiled in the default mode: the others record CUDA graphs of one size each",
     "ema_foreach_disable": "the average is always updated in one go",
-    "eval_loss_disable": "there is no evaluation loss to disable yet",
     "ez_model_type": "it had no effect either",
     "find_unused_parameters": "every weight of Sana gets a gradient",
     "ignore_epochs": "the plan decides",
@@ -156,7 +148,6 @@ NO_EFFECT: dict[str, str] = {
     "offload_during_save": "checkpoints are written from the CPU",
     "offload_during_startup": "encoders are freed before the transformer is loaded",
     "prediction_type": "Sana is trained by flow matching",
-    "pretrained_evaluation_model_name_or_path": "it belongs to evaluation_type, which is not built yet",
     "print_filenames": "ledger.json lists the pictures that are left out",
     "print_sampler_statistics": "the order is a function of the seed; there is no sampler",
     "tracker_image_layout": "it belongs to report_to, which is not built yet",

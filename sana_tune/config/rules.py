@@ -8,6 +8,7 @@ from typing import Any
 
 from sana_tune.config.choices import LR_CYCLES_USED_BY, LR_END_DEFAULTS, LR_POWER_USED_BY
 from sana_tune.config.datasets import ConditioningDataset, EvalDataset, ImageDataset
+from sana_tune.config.evaluation_rules import known_eval_datasets, unused_evaluation_settings
 from sana_tune.config.optimizers import keeps_bf16, options_of, stuck_share
 from sana_tune.config.schema import Config
 from sana_tune.config.source_rules import SOURCE_RULES, unused_source_settings
@@ -470,7 +471,7 @@ def someone_starts(datasets: Sequence[ImageDataset]) -> Problem | None:
 
 TRAINED_ALONE = (
     "repeats", "probability", "start_epoch", "start_step", "end_epoch", "end_step", "is_regularisation_data",
-    "conditioning_data", "small_buckets",
+    "small_buckets", "eval_split",
 )  # fmt: skip
 
 
@@ -524,6 +525,7 @@ def check_rules(
     problems = [problem for dataset in datasets for rule in DATASET_RULES if (problem := rule(config, dataset))]
     problems += [problem for rule in CONFIG_RULES if (problem := rule(config))]
     problems += [problem] if (problem := someone_starts(datasets)) else []
+    problems += known_eval_datasets(config, datasets)
     notes += unused_schedule_settings(config) + unused_flow_settings(config) + unused_loss_settings(config)
     notes += unused_rollout_settings(config)
     notes += unused_optimizer_settings(config) + release_notes(config) + unused_checkpointing_settings(config)
@@ -541,5 +543,5 @@ def check_rules(
             "maximum_image_size and target_downsample_size do nothing with crop: false "
             f"(datasets {', '.join(inert)}): pictures are resized once to their bucket"
         )
-    notes += unused_roles(config, datasets, masks)
+    notes += unused_roles(config, datasets, masks) + unused_evaluation_settings(config, datasets)
     return problems

@@ -35,10 +35,12 @@ from sana_tune.config.values import (
     Resolution,
     named,
     parse_colour,
+    parse_ids,
     parse_instruction,
     parse_levels,
     parse_optimizer_config,
     parse_resolutions,
+    whole_or_share,
 )
 
 
@@ -71,6 +73,8 @@ RolloutSampler = Annotated[str, AfterValidator(named(ROLLOUT_SAMPLERS, "sampler 
 NoiseLevels = Annotated[tuple[float, ...], BeforeValidator(parse_levels)]
 Resolutions = Annotated[tuple[Resolution, ...], BeforeValidator(parse_resolutions)]
 OptimizerOptions = Annotated[str, BeforeValidator(parse_optimizer_config)]
+Ids = Annotated[str, BeforeValidator(parse_ids)]
+Split = Annotated[float, AfterValidator(whole_or_share)]
 Instruction = Annotated[str, BeforeValidator(parse_instruction)]
 Colour = Annotated[str, BeforeValidator(parse_colour)]
 
@@ -139,6 +143,10 @@ class PictureSettings(Section):
     small_buckets: Literal["fill", "merge", "drop", "error"] = setting(
         "fill", "a bucket smaller than a batch is filled from itself, merged into the one of the nearest aspect, "
         "dropped, or an error"
+    )  # fmt: skip
+    eval_split: Split = setting(
+        0.0, "hold out so many pictures of each dataset, or below 1 such a share of them: always the same by seed and "
+        "id, and never trained on; 0 = none", ge=0
     )  # fmt: skip
     vae_batch_size: int = setting(4, "pictures per VAE encode", unit="pictures", ge=1)
     write_batch_size: int = setting(128, "items per cache shard", unit="items", ge=1)
@@ -375,6 +383,36 @@ class ValidationConfig(Section):
     disable_benchmark: bool = setting(False, "draw no pictures of the base model before step 1")
 
 
+class EvaluationConfig(Section):
+    eval_steps_interval: int | None = setting(
+        None, "optimizer steps between measurements of the held-out loss; 0 = only start and end; unset = as "
+        "validation_step_interval, or none with eval_epoch_interval", unit="steps", ge=0
+    )  # fmt: skip
+    eval_epoch_interval: float | None = setting(
+        None, "epochs between them, fractions too; unset = none, by steps alone", unit="epochs", ge=0
+    )
+    num_eval_images: int = setting(
+        16, "held-out pictures that are measured of each dataset, always the same ones; 0 = all", unit="pictures", ge=0
+    )
+    eval_timesteps: int = setting(
+        8, "noise levels at which each is measured, spread evenly over those that the run trains", unit="levels", ge=1
+    )
+    eval_dataset_pooling: bool = setting(False, "tell one number for all held-out pictures, not also one per dataset")
+    eval_dataset_id: Ids | None = setting(
+        None, "measure the held-out pictures of these datasets alone: ids, comma separated or a list; unset = of all"
+    )
+    eval_loss_disable: bool = setting(False, "measure no held-out loss; held-out pictures are still not trained on")
+    alarms: bool = setting(
+        True, "measure with it the gap to training pictures and the drift from the base model, and warn of them"
+    )
+    evaluation_type: Literal["none", "clip"] = setting(
+        "none", "clip: score each validation picture by how well it fits its prompt"
+    )
+    pretrained_evaluation_model_name_or_path: str = setting(
+        "openai/clip-vit-large-patch14-336", "hub id or folder of the CLIP model of evaluation_type clip", min_length=1
+    )
+
+
 class Config(Section):
     """What was asked, whole, in groups; the descriptions are their titles. multidatabackend.json stands beside it."""
 
@@ -387,6 +425,7 @@ class Config(Section):
     train: TrainConfig = Field(description="Run, length and checkpoints")
     ema: EmaConfig = Field(description="Average of the weights (EMA)")
     validation: ValidationConfig = Field(description="Validation pictures")
+    evaluation: EvaluationConfig = Field(description="Held-out loss, alarms and CLIP score")
 
 
 SECTIONS: dict[str, type[Section]] = {name: field.annotation for name, field in Config.model_fields.items()}  # type: ignore[misc]

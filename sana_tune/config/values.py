@@ -221,6 +221,19 @@ def parse_levels(value: Any) -> tuple[float, ...] | None:
     return tuple(sorted(number / scale for number in found))
 
 
+def parse_ids(value: Any) -> Any:
+    """Ids of datasets, comma separated or a list of them, as "a,b"; an empty value is none."""
+    parts = value if isinstance(value, (list, tuple)) else str(value or "").split(",")
+    return ",".join(str(part).strip() for part in parts if str(part).strip()) or None
+
+
+def whole_or_share(value: float) -> float:
+    """A whole number, or a share below 1. Raises ValueError for 1.5."""
+    if value >= 1 and value != int(value):
+        raise ValueError(f"must be a share below 1, such as 0.1, or a whole number of pictures; found {value:g}")
+    return value
+
+
 def parse_instruction(value: Any) -> Any:
     """The complex human instruction: a text, a list of lines, a JSON list as text, or the path of a text file."""
     if isinstance(value, (list, tuple)):

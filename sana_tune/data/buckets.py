@@ -94,7 +94,7 @@ def settle(surveyed: Survey, datasets: Sequence[ImageDataset], *, alignment: int
     for dataset in datasets:
         if isinstance(dataset, EvalDataset) or dataset.small_buckets == "fill":
             continue
-        counts = Counter(record.placement.target for record in surveyed.records if record.dataset == dataset.id)
+        counts = Counter(record.placement.target for record in surveyed.records if _is_trained(record, dataset))
         small = {size: count for size, count in sorted(counts.items()) if _is_small(count, dataset)}
         if not small:
             continue
@@ -128,6 +128,11 @@ def merged(counts: Mapping[Size, int], dataset: ImageDataset) -> dict[Size, Size
     return {size: into for size, into in home.items() if into != size}
 
 
+def _is_trained(record: Record, dataset: ImageDataset) -> bool:
+    """Whether a picture is of this dataset and not held out of it."""
+    return record.dataset == dataset.id and record.role is not Role.EVAL
+
+
 def _is_small(pictures: int, dataset: ImageDataset) -> bool:
     return pictures * (dataset.repeats + 1) < dataset.train_batch_size
 
@@ -143,7 +148,7 @@ def _with_merged(surveyed: Survey, dataset: ImageDataset, into: Mapping[Size, Si
     moved: list[tuple[str, str, str]] = []
     unfit_now: dict[str, str] = {}
     for record in surveyed.records:
-        target = into.get(record.placement.target) if record.dataset == dataset.id else None
+        target = into.get(record.placement.target) if _is_trained(record, dataset) else None
         if target is None:
             records.append(record)
             continue
@@ -169,10 +174,10 @@ def _without_small(surveyed: Survey, dataset: ImageDataset, small: Mapping[Size,
         record.id: f"its bucket {record.placement.target} has {_pictures(small[record.placement.target])}, fewer than "
         f"train_batch_size {dataset.train_batch_size} (small_buckets drop)"
         for record in surveyed.records
-        if record.dataset == dataset.id and record.placement.target in small
+        if _is_trained(record, dataset) and record.placement.target in small
     }
     left = surveyed.without(gone)
-    if any(record.dataset == dataset.id for record in left.records):
+    if any(_is_trained(record, dataset) for record in left.records):
         return left
     what = (
         f"every bucket is smaller than a batch of {dataset.train_batch_size}, and small_buckets is drop: {_few(small)}"

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from sana_tune.config.datasets import ConditioningDataset, EvalDataset, ImageDataset
+from sana_tune.config.datasets import ConditioningDataset, ImageDataset
 from sana_tune.data.geometry import Size
 from sana_tune.data.memory import FileMemory
 from sana_tune.data.records import Record, content_hash
@@ -42,7 +42,7 @@ def with_masks(
     of = {mask.id: mask for mask in masks}
     try:
         for dataset in datasets:
-            if dataset.conditioning_data is None or isinstance(dataset, EvalDataset):
+            if dataset.conditioning_data is None:
                 continue
             mine = of.get(dataset.conditioning_data)
             if mine is not None:

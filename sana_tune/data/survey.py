@@ -56,7 +56,8 @@ class DatasetLedger:
     """What became of the files of one dataset.
 
     found:        pictures. trained: those that are trained, or held out (role "eval"). left_out: (key, reason) of the
-    others. not_drawn: those that max_num_samples passes over, which were not looked at.
+    others. not_drawn: those that max_num_samples passes over, which were not looked at. held_out: keys of those that
+    eval_split takes out of training.
     merged:       (key, its own size, size of the bucket that it was put into) of pictures of small buckets.
     masks:        masks found; masks_resized: those of another size than their picture.
     not_pictures: the other files; caption_files of them are captions.
@@ -73,10 +74,11 @@ class DatasetLedger:
     merged: tuple[tuple[str, str, str], ...] = ()
     masks: int = 0
     masks_resized: int = 0
+    held_out: tuple[str, ...] = ()
 
     def balances(self) -> bool:
-        """found = trained + left out + not drawn."""
-        return self.found == self.trained + len(self.left_out) + self.not_drawn
+        """found = trained + held out + left out + not drawn."""
+        return self.found == self.trained + len(self.held_out) + len(self.left_out) + self.not_drawn
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,10 @@ class Survey:
 
         def corrected(ledger: DatasetLedger) -> DatasetLedger:
             moved = [(record.key, broken[record.id]) for record in gone if record.dataset == ledger.dataset]
-            left_out = tuple(sorted([*ledger.left_out, *moved]))
-            return replace(ledger, trained=ledger.trained - len(moved), left_out=left_out)
+            left_out, lost = tuple(sorted([*ledger.left_out, *moved])), {key for key, _ in moved}
+            held_out = tuple(key for key in ledger.held_out if key not in lost)
+            trained = ledger.trained - len(moved) + len(ledger.held_out) - len(held_out)
+            return replace(ledger, trained=trained, left_out=left_out, held_out=held_out)
 
         return replace(self, records=kept, ledger=Ledger(tuple(map(corrected, self.ledger.datasets))))
 

@@ -124,7 +124,7 @@ def plan_download(
         return 0
     if _is_offline(None):
         return None
-    with _told(name, revision):
+    with told(name, revision):
         return _listing(name, revision, variant, dtype).missing_bytes
 
 
@@ -133,13 +133,13 @@ def one_file(name: str, file: str, *, key: str) -> Path:
     from huggingface_hub import errors, hf_hub_download
 
     try:
-        with _told(name, None):
+        with told(name, None):
             try:
                 return Path(hf_hub_download(name, file))
             except errors.RemoteEntryNotFoundError as error:
                 what = f"the repository {name} has no file {file}"
                 raise UserError(Problem(key, what, "look for its name on the hub")) from error
-    except _NoNetwork as error:
+    except NoNetwork as error:
         raise UserError(replace(error.problem, where=key)) from error
     except UserError as error:
         raise UserError(*(replace(problem, where=key) for problem in error.problems)) from error
@@ -149,16 +149,16 @@ def _download(name: str, revision: str | None, variant: str | None, dtype: str) 
     from huggingface_hub import snapshot_download
 
     try:
-        with _told(name, revision):
+        with told(name, revision):
             listing = _listing(name, revision, variant, dtype)
             if listing.missing_bytes:
                 log.info("downloading %s: %.2f GB of weights and settings", name, listing.missing_bytes / 1e9)
             return Path(snapshot_download(name, revision=revision, allow_patterns=sorted(listing.sizes)))
-    except _NoNetwork as error:
+    except NoNetwork as error:
         return _earlier_copy(name, revision, variant, dtype, error)
 
 
-def _earlier_copy(name: str, revision: str | None, variant: str | None, dtype: str, error: _NoNetwork) -> Path:
+def _earlier_copy(name: str, revision: str | None, variant: str | None, dtype: str, error: NoNetwork) -> Path:
     """A whole copy that was downloaded before, with a warning; the trouble with the network if there is none."""
     folder = _in_cache(name, revision)
     try:
@@ -238,15 +238,15 @@ def _is_offline(offline: bool | None) -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
-class _NoNetwork(Exception):
+class NoNetwork(Exception):
     def __init__(self, problem: Problem):
         self.problem = problem
         super().__init__(problem.what)
 
 
 @contextmanager
-def _told(name: str, revision: str | None) -> Iterator[None]:
-    """Turn the hub's exceptions into the user's problems; trouble with the network into _NoNetwork."""
+def told(name: str, revision: str | None) -> Iterator[None]:
+    """Turn the hub's exceptions into the user's problems; trouble with the network into NoNetwork."""
     from huggingface_hub import errors
 
     try:
@@ -263,12 +263,12 @@ def _told(name: str, revision: str | None) -> Iterator[None]:
         if error.response.status_code == 401:
             signed_in = "authorization" in error.response.request.headers
             raise UserError(_bad_token(name) if signed_in else _unknown(name)) from error
-        raise _NoNetwork(_hub_trouble(name, f"the hub answered {error.response.status_code}")) from error
+        raise NoNetwork(_hub_trouble(name, f"the hub answered {error.response.status_code}")) from error
     except (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
-        raise _NoNetwork(_hub_trouble(name, _reason(error))) from error
+        raise NoNetwork(_hub_trouble(name, _reason(error))) from error
     except OSError as error:
         if error.errno is None:  # what came was not what the hub had promised
-            raise _NoNetwork(_hub_trouble(name, _reason(error))) from error
+            raise NoNetwork(_hub_trouble(name, _reason(error))) from error
         raise UserError(
             Problem(KEY, f"{name} cannot be stored: {error}", "make room, or set HF_HOME to a disk with more of it")
         ) from error

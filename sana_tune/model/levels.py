@@ -78,6 +78,15 @@ class Levels:
         return f"{self.kind}{numbers.get(self.kind, '')}{', stratified' if self.stratified else ''}"
 
 
+def spread(levels: Levels, s: float, count: int) -> tuple[float, ...]:
+    """Rising levels after the shift s, each in the middle of one of `count` equal shares of all draws.
+
+    A table with fewer levels gives each of them once.
+    """
+    found = (levels.at((number + 0.5) / count, s) for number in range(count))
+    return tuple(dict.fromkeys(found))
+
+
 def picture(levels: Levels, s: float, columns: int = 20) -> str:
     """How often each level is drawn after the shift s, from 0 on the left to 1, as one line of blocks."""
     counts = [0] * columns

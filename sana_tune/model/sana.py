@@ -283,7 +283,7 @@ def _pipeline_class(folder: Path, component: str, default: str) -> Any:
 def _load(kind: Any, folder: Path, variant: str | None, **options: Any) -> Any:
     """`from_pretrained` that refuses weights which do not fill the network exactly."""
     try:
-        with _no_bars():
+        with no_bars():
             model, info = kind.from_pretrained(
                 folder,
                 variant=variant,
@@ -306,7 +306,7 @@ def _load(kind: Any, folder: Path, variant: str | None, **options: Any) -> Any:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """Keep the libraries' own progress bars off the screen; what the user had set is restored."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -13,14 +13,18 @@ import torch
 from sana_tune.progress import Every, Progress, due
 from sana_tune.train.checkpoint import Checkpoints
 from sana_tune.train.diagnosis import diagnose, diagnosed
+from sana_tune.train.evaluate import Evaluator, NoEvaluator
 from sana_tune.train.folders import Checkpoint
 from sana_tune.train.signals import Stop
 from sana_tune.train.step import Parts, StepResult, passed_over, summed, train_step
-from sana_tune.watch.events import Finished, Noticed, Started, Stepped, Stopped, Validated
+from sana_tune.watch.events import Event, Finished, Noticed, Started, Stepped, Stopped, Validated
 from sana_tune.watch.sinks import Watcher
 
 if TYPE_CHECKING:
     from sana_tune.train.step import Sample
+
+
+_NOTHING = NoEvaluator()
 
 
 class Course(Protocol):
@@ -35,6 +39,8 @@ class Course(Protocol):
     def save_every(self) -> Every: ...
     @property
     def validate_every(self) -> Every: ...
+    @property
+    def evaluate_every(self) -> Every: ...
 
 
 class Batches(Protocol):
@@ -62,6 +68,7 @@ def fit(
     *,
     resume: Checkpoint | None = None,
     export: Callable[[Progress], str | None] = lambda progress: None,
+    evaluator: Evaluator | NoEvaluator = _NOTHING,
     max_bad_steps: int = 10,
 ) -> Progress:
     """Train from where `resume` stands to the last step; save, draw and tell on the way; at the end `export`.
@@ -69,16 +76,16 @@ def fit(
     Returns the last position. Raises Interrupted after saving when a stop was asked for, UserError when the
     checkpoint does not fit, the disk is full, or `max_bad_steps` in a row are not finite.
     """
-    progress, spoiled = checkpoints.restore(parts, resume), Spoiled(max_bad_steps)
+    progress, spoiled, patience = checkpoints.restore(parts, resume), Spoiled(max_bad_steps), Patience(max_bad_steps)
     epochs = plan.epoch_after(plan.total_steps)
     watcher.emit(Started(progress, plan.total_steps, plan.steps_per_epoch, resume and str(resume.path), epochs))
     with stop.deferred():
         watcher.emit(validator.start(parts, progress))
+        tell(watcher, evaluator.start(parts, progress))
         if stop_agreed(parts, stop):  # nothing was trained yet, so the next start draws these pictures again
             watcher.emit(Stopped(progress, stop.reason))
             raise stop.interrupted()
         parts.transformer.train()
-        patience = Patience(max_bad_steps)
         with closing(Timed(batches.steps(progress.step, plan.total_steps))) as steps:
             for micro_batches in steps:
                 before, step = progress, passed_over if progress.step in spoiled else train_step
@@ -97,8 +104,9 @@ def fit(
                 patience.end_row(result)
                 if due(plan.save_every, progress):
                     watcher.emit(checkpoints.save(parts, progress))
-                if due(plan.validate_every, progress, plan.epoch_after) and progress.step < plan.total_steps:
-                    watcher.emit(validator.run(parts, progress))
+                for look, every in ((evaluator, plan.evaluate_every), (validator, plan.validate_every)):
+                    if due(every, progress, plan.epoch_after) and progress.step < plan.total_steps:
+                        tell(watcher, look.run(parts, progress))
                 if stop_agreed(parts, stop):
                     break
         if saved := checkpoints.save_if_newer(parts, progress):
@@ -106,11 +114,18 @@ def fit(
         if progress.step < plan.total_steps:
             watcher.emit(Stopped(progress, stop.reason, patience.skipped))
             raise stop.interrupted()
+        tell(watcher, evaluator.finish(parts, progress))
         watcher.emit(validator.finish(parts, progress))
         watcher.emit(Finished(progress, export(progress), patience.skipped))
     if stop.requested:
         raise stop.interrupted()
     return progress
+
+
+def tell(watcher: Watcher, event: Event | None) -> None:
+    """Emit what there is to tell."""
+    if event is not None:
+        watcher.emit(event)
 
 
 def stop_agreed(parts: Parts, stop: Stop) -> bool:

@@ -104,8 +104,12 @@ def test_headers_alone_and_what_is_remembered(place: Path):
 
 def test_without_a_link_there_are_no_masks(place: Path):
     plain = surveyed(dataset(place / "pictures"), masks(place / "masks"))
+    assert [record.mask_key for record in plain.records] == [None] * 3
+    assert plain.ledger.datasets[0].masks == 0
+
+
+def test_held_out_pictures_have_masks_too(place: Path):
     held = EvalDataset(id="cats", instance_data_dir=str(place / "pictures"), resolution=64, conditioning_data="m")
-    for found in (plain, surveyed(held, masks(place / "masks"))):
-        assert [record.mask_key for record in found.records] == [None] * 3
-        assert found.ledger.datasets[0].masks == 0
+    found = surveyed(held, masks(place / "masks"))
     assert {record.role for record in found.records} == {Role.EVAL}
+    assert None not in [record.mask_key for record in found.records] and found.ledger.datasets[0].masks == 3

@@ -318,6 +318,16 @@ MISTAKES: dict[str, tuple[Change, str, tuple[str, ...]]] = {
     "a dataset's key in the config": (edit(repeats=1), "", ("is a setting of a dataset", "multidatabackend.json")),
     "megapixels as pixels": (edit(BACKENDS, resolution_type="pixel_area", resolution=1), "", ("resolution", "px")),
     "pixels as megapixels": (edit(BACKENDS, resolution_type="area", resolution=1024), "", ("megapixel", "pixel_area")),
+    "all held out": (
+        edit(BACKENDS, eval_split=3), "",
+        ("eval_split", "must leave pictures to train on; eval_split 3 would hold out 3 of 3 pictures"),
+    ),
+    "one and a half held out": (edit(eval_split=1.5), "", ("eval_split", "a share below 1, such as 0.1")),
+    "nothing of it held out": (edit(eval_dataset_id="d0"), "", ("eval_dataset_id", "d0 holds none out, none does")),
+    "no CLIP model": (
+        edit(evaluation_type="clip", pretrained_evaluation_model_name_or_path="pictures", validation_disable=False), "",
+        ("pretrained_evaluation_model_name_or_path", "lacks config.json", "it is no CLIP model"),
+    ),
     "closest to nothing": (edit(BACKENDS, crop=True, crop_aspect="closest"), "", ("needs", "crop_aspect_buckets")),
     "aspects that are none": (
         edit(BACKENDS, crop=True, crop_aspect="closest", crop_aspect_buckets=["wide"]), "",

@@ -50,6 +50,7 @@ class Course:
     steps_per_epoch: float = 3.0
     save_every: Every = Every(0)
     validate_every: Every = Every(0)
+    evaluate_every: Every = Every(0)
 
     def epoch_after(self, step: int) -> float:
         return step / self.steps_per_epoch
