@@ -105,6 +105,11 @@ class Meter:
         self._steps.append(event)
 
     @property
+    def last_step(self) -> int:
+        """The step of the newest event; 0 before the first."""
+        return self._steps[-1].progress.step if self._steps else 0
+
+    @property
     def loss(self) -> float:
         """Mean loss over the steps of the window that counted, without regularisation data's; NaN before the first."""
         return self._mean([event.losses.get("train") if event.losses else event.loss for event in self._good])
