@@ -58,16 +58,21 @@ class Worker:
             self._changed.notify_all()
         return True
 
-    def finish(self, limit_s: float | None = None) -> bool:
-        """Wait until all is done, for `limit_s` at most (None: as long as it takes), and end. Whether all was done."""
+    def drain(self, limit_s: float | None = None) -> bool:
+        """Wait until all is done, for `limit_s` at most (None: as long as it takes). Whether all was done."""
         end_s = None if limit_s is None else time.monotonic() + limit_s
         with self._changed:
             while self._waiting or self._busy:
                 left_s = _LOOKS_EVERY_S if end_s is None else min(_LOOKS_EVERY_S, end_s - time.monotonic())
                 if left_s <= 0:
-                    break
+                    return False
                 self._changed.wait(left_s)
-            done = not self._waiting and not self._busy
+        return True
+
+    def finish(self, limit_s: float | None = None) -> bool:
+        """As `drain`, and end: what still waits then is not done."""
+        done = self.drain(limit_s)
+        with self._changed:
             self._ended = True
             self._waiting.clear()
             self._changed.notify_all()
@@ -110,6 +115,15 @@ class Worker:
                 with self._changed:
                     self._busy = False
                     self._changed.notify_all()
+
+
+def attempt(work: Job) -> Exception | None:
+    """Do it; what it raised, or None."""
+    try:
+        work()
+    except Exception as error:
+        return error
+    return None
 
 
 def persist(
