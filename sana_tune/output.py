@@ -123,6 +123,8 @@ _OF_A_RUN = (
     "validation_images",
     "pipeline",
     "pipeline.json",
+    "run_id.json",
+    "logs",
 )
 
 

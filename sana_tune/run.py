@@ -31,7 +31,7 @@ from sana_tune.config.values import optimizer_options
 from sana_tune.data.buckets import Bucket, trained
 from sana_tune.data.records import Record
 from sana_tune.data.survey import Survey, strict_problems
-from sana_tune.errors import Interrupted, Problem, UserError
+from sana_tune.errors import Interrupted, Problem, UserError, gather
 from sana_tune.log import log
 from sana_tune.output import Output
 from sana_tune.prepare import (
@@ -49,10 +49,12 @@ from sana_tune.prepare import (
     write_down_export,
 )
 from sana_tune.progress import Progress
+from sana_tune.publish import comment_of, listeners, pipeline_card, repository_of
 from sana_tune.roles import is_regularised, learns_from_base, windows
 from sana_tune.train.signals import LeaveNow, Stop
-from sana_tune.watch.card import model_card
+from sana_tune.watch.card import Seen
 from sana_tune.watch.events import Failed
+from sana_tune.watch.ready import watch_problems
 from sana_tune.watch.sinks import MetricsSink, Sink, Watcher, screen
 
 if TYPE_CHECKING:
@@ -90,7 +92,9 @@ def _run(loaded: Loaded, notes: Sequence[str], restart: bool, sinks: Sequence[Si
     output = Output.open(Path(loaded.config.train.output_dir))
     handler = logs.add_file(output.log_file)
     try:
-        prepared = prepare(loaded, output, notes, fresh=restart)
+        problems = watch_problems(loaded.config.watch)
+        repository = None if problems else gather(problems, lambda: repository_of(loaded.config))
+        prepared = prepare(loaded, output, notes, fresh=restart, also=problems)
         tell(prepared)
         if (finished := finished_already(prepared)) is not None:
             return finished
@@ -98,7 +102,7 @@ def _run(loaded: Loaded, notes: Sequence[str], restart: bool, sinks: Sequence[Si
             output.set_aside()
         before = output.read_json("plan.json") if prepared.checkpoint is not None else {}
         write_down(prepared)
-        all_sinks = [screen(logs.console()), MetricsSink(output.metrics_file), *sinks]
+        all_sinks = [screen(logs.console()), MetricsSink(output.metrics_file), *listeners(prepared, repository), *sinks]
         with Watcher(all_sinks) as watcher:
             try:
                 return work(prepared, before, watcher, stop)
@@ -235,7 +239,7 @@ def train(prepared: Prepared, caches: Caches, accelerator: Accelerator, watcher:
             watcher,
             stop,
             resume=prepared.checkpoint,
-            export=lambda progress: export(prepared, parts, progress),
+            export=lambda progress: export(prepared, parts, progress, watcher.seen),
             max_bad_steps=config.train.max_bad_steps,
         )
 
@@ -492,40 +496,23 @@ def validator_of(prepared: Prepared, text: Tensors, parts: Parts, stop: Stop) ->
     )
 
 
-def export(prepared: Prepared, parts: Parts, progress: Progress) -> str:
-    """Write the finished pipeline. Answers its folder."""
+def export(prepared: Prepared, parts: Parts, progress: Progress, seen: Seen) -> str:
+    """Write the finished pipeline. Answers its folder. seen: the last pictures and numbers, for its model card."""
     from sana_tune.model.export import export_pipeline
 
-    config, facts = prepared.config, prepared.facts
-    (width, height), settings = drawing_sizes(config, facts)[0], config.validation
-    sample = {
-        "prompt": next(iter(prepared.prompts.values()), "a photo"),
-        "width": width,
-        "height": height,
-        "steps": settings.validation_num_inference_steps,
-        "guidance": settings.validation_guidance,
-        "seed": drawing_seed(config),
-        "dtype": str(parts.input_dtype).removeprefix("torch."),
-    }
-    training = {
-        "Steps": progress.step,
-        "Images seen": progress.images,
-        "Optimizer": f"{config.optimizer.optimizer}, learning rate {prepared.plan.schedule.peak_lr:g}",
-        "Flow shift": f"{prepared.plan.flow_shift:g}",
-        "Datasets": ", ".join(f"{part.dataset} ({part.trained} pictures)" for part in prepared.survey.ledger.datasets),
-    }
-    average = parts.ema.state_dict()
-    out = prepared.output.pipeline
-    card = model_card(
-        model=facts.name,
-        licence=facts.licence,
-        folder=str(out),
-        sample=sample,
-        training=training,
-        has_ema=bool(average),
+    config, out = prepared.config, prepared.output.pipeline
+    average, weights = parts.ema.state_dict(), parts.bare.state_dict()
+    card = pipeline_card(prepared, progress, str(parts.input_dtype).removeprefix("torch."), seen)
+    export_pipeline(
+        prepared.folder,
+        weights,
+        average or None,
+        out,
+        card.text,
+        variant=config.model.variant,
+        beside=card.pictures,
+        comment=comment_of(config, progress),
     )
-    weights = parts.bare.state_dict()
-    export_pipeline(prepared.folder, weights, average or None, out, card, variant=config.model.variant)
     write_down_export(prepared.output, progress)
     return str(out)
 

@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("check",),
     ("caching",),
     ("inventory",),
+    ("publish",),
     ("run",),
     ("bench",),
     ("cli",),

@@ -6,6 +6,7 @@ end and stops nothing. The client obeys HF_ENDPOINT, HF_HOME and HF_TOKEN as eve
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -93,8 +94,7 @@ class HubSink:
                 if not self._settings.push_to_hub_background:
                     self._worker.drain()
             case Finished(progress=progress, pipeline=pipeline) if self._settings.push_to_hub and pipeline:
-                folder = Path(pipeline)
-                self._queue(_Upload(folder, "", progress.step, f"Pipeline after {progress.step} steps"))
+                self._queue(self._finished(Path(pipeline), progress.step))
 
     def close(self) -> None:
         """Wait for the uploads, as long as they take, and tell of those that failed."""
@@ -126,6 +126,16 @@ class HubSink:
             _remove(staged)
         readme, kept = self._card(path.name, step), staged if staged.is_dir() else None
         return _Upload(path, path.name, step, f"Checkpoint of step {step}", readme, kept, ignore)
+
+    def _finished(self, folder: Path, step: int) -> _Upload:
+        """The upload of the pipeline; its card names the repository where the local one names a folder."""
+        try:
+            text = (folder / "README.md").read_text(encoding="utf-8")
+        except OSError:
+            return _Upload(folder, "", step, f"Pipeline after {step} steps")
+        here, there = (json.dumps(str(place), ensure_ascii=False) for place in (folder, self._repository.id))
+        message = f"Pipeline after {step} steps"
+        return _Upload(folder, "", step, message, text.replace(here, there), ignore=("README.md",))
 
     # ---- on the worker's thread ----
 

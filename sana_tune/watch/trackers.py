@@ -181,7 +181,7 @@ class TensorBoard:
 
 def _summary(name: str, file: Path) -> Any:
     """A picture as TensorBoard stores it: its file as it is, not decoded and encoded again."""
-    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 
     size = re.search(r"_(\d+)x(\d+)(_|$)", file.stem)
     width, height = (int(size[1]), int(size[2])) if size else (0, 0)
