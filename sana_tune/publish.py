@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +30,7 @@ from sana_tune.watch.scripts import Scripts
 from sana_tune.watch.sinks import Sink
 from sana_tune.watch.trackers import RunInfo, tracker_sinks
 from sana_tune.watch.uploads import Uploaded
-from sana_tune.watch.webhook import webhook_sinks
+from sana_tune.watch.webhook import Webhooks
 
 # Settings that say something of a machine, not of a model.
 _OF_THE_MACHINE = frozenset({"pretrained_model_name_or_path", "output_dir", "resume_from_checkpoint", "device"})
@@ -56,7 +56,8 @@ def listeners(prepared: Prepared, repository: Repository | None) -> list[Sink]:
         return []
     name, key = run_name(config), run_id(prepared.output.root, resumed=prepared.checkpoint is not None)
     info = RunInfo(watch.tracker_project_name, name, key, logging_folder(config), shown_settings(prepared))
-    found: list[Sink] = [*webhook_sinks(watch.webhook_config or (), name, key), *tracker_sinks(watch.report_to, info)]
+    hooks = [Webhooks(watch.webhook_config, name, key)] if watch.webhook_config else []
+    found: list[Sink] = [*hooks, *tracker_sinks(watch.report_to, info)]
     scripts = None
     if watch.post_checkpoint_script or watch.post_upload_script:
         values = script_values(config, repository)
@@ -223,15 +224,14 @@ def prompt_texts(prepared: Prepared) -> Callable[[Path], str]:
     return text
 
 
-def comment_of(config: Config, progress: Progress, now: Sequence[datetime] = ()) -> str | None:
-    """modelspec_comment with its placeholders filled in. now: the time to tell; the present where it is left out."""
+def comment_of(config: Config, progress: Progress, now: datetime | None = None) -> str | None:
+    """modelspec_comment with its placeholders filled in. now: the time to tell; None: the present."""
     text = config.watch.modelspec_comment
     if text is None:
         return None
-    moment = now[0] if now else datetime.now(UTC)
     values = {
         "current_step": str(progress.step),
         "current_epoch": f"{progress.epoch:.4g}",
-        "timestamp": moment.isoformat(timespec="seconds"),
+        "timestamp": (now or datetime.now(UTC)).isoformat(timespec="seconds"),
     }
     return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), text)

@@ -246,7 +246,7 @@ def _ways(key: str, info: FieldInfo, member: Any) -> list[Schema]:
         return [{"type": "string"}]
     if member is parse_webhooks:
         one = [_block(WEBHOOK_KEYS, ["webhook_type"])]
-        return [*one, {"type": "array", "items": one[0]}, {"type": "string"}]
+        return [*one, {"enum": [{}]}, {"type": "array", "items": one[0]}, {"type": "string"}]
     if member is parse_table:
         return [_block(TABLE_KEYS, ["path"])]
     if member is parse_hub:

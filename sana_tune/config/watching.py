@@ -207,7 +207,7 @@ def parse_hub_id(value: Any) -> Any:
     """A repository of the hub as "owner/name" or "name"; its address is understood. Raises ValueError."""
     if value is None or value == "":
         return None
-    text = str(value).strip()
+    text = value.strip() if isinstance(value, str) else ""
     if text.startswith(("http://", "https://")):
         text = "/".join(part for part in urlsplit(text).path.split("/") if part)
         text = "/".join(text.split("/")[:2])  # what follows is a place inside the repository
@@ -233,9 +233,9 @@ def parse_comment(value: Any) -> Any:
         return None
     if isinstance(value, (list, tuple)):
         return "\n".join(map(str, value))
-    if isinstance(value, Mapping):
-        raise ValueError("must be text, or a list of lines; found an object")
-    return str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"must be text, or a list of lines; found {value!r}")
+    return value
 
 
 def parse_script(value: Any) -> Any:

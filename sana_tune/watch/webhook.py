@@ -85,8 +85,16 @@ class WebhookSink:
 
     def close(self) -> None:
         """Send what waits, each message with one try, for a short while."""
+        self.hurry()
+        self.finish(self._pace.flush_s)
+
+    def hurry(self) -> None:
+        """From now on each message gets one try, and nothing is waited for."""
         self._worker.hurry.set()
-        if not self._worker.finish(self._pace.flush_s):
+
+    def finish(self, limit_s: float) -> None:
+        """Wait for what is still to be sent, and end."""
+        if not self._worker.finish(limit_s):
             log.debug("%s: the last messages were not taken in time", self._hook.name)
 
     def _is_due(self, message: Message) -> bool:
@@ -268,6 +276,21 @@ def asked_wait_s(header: str | None) -> float | None:
         return None
 
 
-def webhook_sinks(hooks: Sequence[Webhook], run: str, job: str) -> list[WebhookSink]:
-    """A sink for each webhook, so that a slow one keeps no other waiting."""
-    return [WebhookSink(hook, run, job) for hook in hooks]
+class Webhooks:
+    """All webhooks of a run, each with a thread of its own; at the end they share one short while."""
+
+    def __init__(self, hooks: Sequence[Webhook], run: str, job: str, pace: Pace = PACE):
+        self._pace, self._sinks = pace, [WebhookSink(hook, run, job, pace) for hook in hooks]
+
+    def emit(self, event: Event) -> None:
+        """Queue it for each."""
+        for sink in self._sinks:
+            sink.emit(event)
+
+    def close(self) -> None:
+        """Send what waits everywhere, for a short while in all."""
+        end_s = time.monotonic() + self._pace.flush_s
+        for sink in self._sinks:
+            sink.hurry()
+        for sink in self._sinks:
+            sink.finish(max(0.0, end_s - time.monotonic()))

@@ -25,7 +25,7 @@ from sana_tune.watch.events import (
     Stepped,
     Validated,
 )
-from sana_tune.watch.webhook import Pace, WebhookSink, asked_wait_s, webhook_sinks
+from sana_tune.watch.webhook import Pace, Webhooks, WebhookSink, asked_wait_s
 from tests.fake_http import FakeHttp, Moody
 
 FAST = Pace(connect_s=0.5, read_s=0.5, waits_s=(0.01, 0.02), longest_s=1.0, rest_s=0.05, flush_s=3.0, status_s=0.0)
@@ -236,11 +236,17 @@ def test_no_secret_is_told(server: FakeHttp, caplog, answer: object):
     assert f"raw webhook at {server.host}" in said
 
 
-def test_a_webhook_of_its_own_kind_each(server: FakeHttp):
-    sinks = webhook_sinks((raw(server), discord(server)), "dog", "job")
-    for sink in sinks:
-        sink.close()
-    assert sorted("content" in post.json() for post in server.posts) == [False, True]
+def test_several_webhooks_hinder_each_other_neither_on_the_way_nor_at_the_end(server: FakeHttp):
+    server.pages["/hang"] = Moody(b"{}", late_s=30.0)
+    hanging = Webhook("raw", f"{server.url}/hang")
+    pace = Pace(read_s=30.0, flush_s=0.4)
+    sinks = Webhooks((hanging, raw(server), hanging, discord(server)), "dog", "job", pace)
+    sinks.emit(START)
+    begin = time.monotonic()
+    sinks.close()
+    assert time.monotonic() - begin < 1.5
+    taken = [post for post in server.posts if post.path != "/hang"]
+    assert sorted("content" in post.json() for post in taken) == [False, False, True, True]
 
 
 def test_waits_that_are_asked_for():
