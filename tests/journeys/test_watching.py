@@ -31,6 +31,21 @@ DRAWN: Mapping[str, Any] = {
 KEEP = "import json, sys; print(json.dumps(sys.argv[2:]), file=open(sys.argv[1], 'a'))"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _loaded() -> None:
+    """What every run of this page needs, loaded once before it forks."""
+    import diffusers
+    import transformers
+    import wandb
+    from torch.utils.tensorboard import SummaryWriter
+
+    import sana_tune.model.generate
+    import sana_tune.model.sana
+
+    assert diffusers.SanaPipeline and transformers.Gemma2Model and wandb.init and SummaryWriter
+    assert sana_tune.model.generate and sana_tune.model.sana
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A hub that takes my uploads, and a machine that is signed in there."""
