@@ -123,6 +123,10 @@ class Teller:
         """A message in the words of the log."""
         return Message(kind, "info", title, message_of(event) or title, fields)
 
+    def count(self, event: Stepped) -> None:
+        """Take a step into the means without saying anything of it."""
+        self._meter.add(event)
+
     def _stepped(self, event: Stepped) -> list[Message]:
         self._meter.add(event)
         step = event.progress.step

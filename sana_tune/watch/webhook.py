@@ -21,7 +21,7 @@ from sana_tune import __version__
 from sana_tune.config.watching import Webhook
 from sana_tune.log import log
 from sana_tune.watch.background import Worker
-from sana_tune.watch.events import Event
+from sana_tune.watch.events import Event, Stepped
 from sana_tune.watch.messages import Attachment, Message, Teller
 
 LONGEST_TEXT = 2000  # characters of a Discord message
@@ -78,6 +78,9 @@ class WebhookSink:
 
     def emit(self, event: Event) -> None:
         """Queue what is to be said of the event; takes microseconds."""
+        if isinstance(event, Stepped) and not event.skipped and not self._has_turn("step"):
+            self._teller.count(event)
+            return
         for message in self._teller.messages(event):
             if self._over or not self._hook.hears(message.severity) or not self._is_due(message):
                 continue
@@ -101,13 +104,17 @@ class WebhookSink:
         """Whether a message is sent: of a status one a while, and none to people; its end always."""
         if not message.status:
             return True
+        is_end = message.fields.get("stage", {}).get("status") in ("completed", "failed")
+        if not self._has_turn(message.key) and not (is_end and self._hook.kind == "raw"):
+            return False
+        self._status_s[message.key] = self._now()
+        return True
+
+    def _has_turn(self, key: str) -> bool:
+        """Whether a status of this key may be sent again."""
         if self._hook.kind == "discord":
             return False
-        now, end = self._now(), message.fields.get("stage", {}).get("status") in ("completed", "failed")
-        if not end and now - self._status_s.get(message.key, -1e9) < self._pace.status_s:
-            return False
-        self._status_s[message.key] = now
-        return True
+        return self._now() - self._status_s.get(key, -math.inf) >= self._pace.status_s
 
     def _queue(self, message: Message) -> None:
         stamp = datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from base64 import b64decode
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -234,6 +235,40 @@ def test_no_secret_is_told(server: FakeHttp, caplog, answer: object):
     said = "\n".join(record.getMessage() + (record.exc_text or "") for record in caplog.records)
     assert SECRET not in said and SECRET not in repr(hook) and "/hook/" not in said
     assert f"raw webhook at {server.host}" in said
+
+
+@pytest.fixture
+def secured(server: FakeHttp, tmp_path: Path) -> FakeHttp:
+    """The server behind TLS, with a certificate that it signed itself."""
+    import ssl
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    made = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    made = made.serial_number(1).not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    file = tmp_path / "server.pem"
+    file.write_bytes(private + made.sign(key, hashes.SHA256()).public_bytes(pem))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(file)
+    server.server.socket = context.wrap_socket(server.server.socket, server_side=True)
+    return server
+
+
+def test_a_certificate_of_ones_own_is_taken_when_asked_for_alone(secured: FakeHttp, caplog):
+    address = f"https://127.0.0.1:{secured.server.server_port}/hook/{SECRET}"
+    send(Webhook("raw", address), START)
+    assert secured.posts == [] and "its certificate does not hold" in caplog.records[0].message
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        send(Webhook("raw", address, ssl_no_verify=True), START)
+    assert [post.json()["type"] for post in secured.posts] == ["notification", "training.status"]
 
 
 def test_several_webhooks_hinder_each_other_neither_on_the_way_nor_at_the_end(server: FakeHttp):
