@@ -61,6 +61,7 @@ from sana_tune.prompts import Prompt
 from sana_tune.roles import held_out_copies, held_out_warning
 from sana_tune.store import Store
 from sana_tune.train.folders import Checkpoint
+from sana_tune.watch.ready import watch_problems
 
 # What is being looked at, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]
@@ -168,6 +169,7 @@ def look_over(
     stores = open_stores(loaded.datasets)
     output = _output(config, found)
     writable = not found.problems
+    found.problems += watch_problems(config.watch)
     with _told_to(found.warnings):
         checkpoint = gather(found.problems, lambda: resumed(config, output))
         drawn = gather(found.problems, lambda: prompts_wanted(config)) or {}

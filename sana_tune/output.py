@@ -125,6 +125,8 @@ _OF_A_RUN = (
     "pipeline.json",
     "held_out.json",
     "held_out.safetensors",
+    "run_id.json",
+    "logs",
 )
 
 

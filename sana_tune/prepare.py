@@ -121,16 +121,24 @@ class Prepared:
         return self.plan.memory and self.plan.memory.device
 
 
-def prepare(loaded: Loaded, output: Output, notes: Sequence[str] = (), *, fresh: bool = False) -> Prepared:
+def prepare(
+    loaded: Loaded,
+    output: Output,
+    notes: Sequence[str] = (),
+    *,
+    fresh: bool = False,
+    also: Sequence[Problem] = (),
+) -> Prepared:
     """Everything that is cheap: the checkpoint, the pictures, the prompts, the model's files, the plan.
 
-    fresh: begin anew whatever there is. Writes nothing but what is remembered of files. Raises UserError: first with
-    all that is found wrong at once, then with what a look at every picture finds, then with what the hub says.
+    fresh: begin anew whatever there is. also: problems found before, to be told with the others. Writes nothing but
+    what is remembered of files. Raises UserError: first with all that is found wrong at once, then with what a look at
+    every picture finds, then with what the hub says.
     """
     config, name = loaded.config, loaded.config.model.pretrained_model_name_or_path
     memory = FileMemory(output.file_memory)
     stores = open_stores(loaded.datasets)
-    problems: list[Problem] = []
+    problems = list(also)
     checkpoint = gather(problems, lambda: None if fresh else resumed(config, output))
     prompts = gather(problems, lambda: prompts_wanted(config))
     gather(problems, lambda: check_folders(loaded, stores))

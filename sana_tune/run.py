@@ -31,8 +31,8 @@ from sana_tune.config.values import optimizer_options
 from sana_tune.data.buckets import Bucket, trained
 from sana_tune.data.records import Record
 from sana_tune.data.survey import Survey, strict_problems
-from sana_tune.drawing import autocast_dtype, precision, snippet_of, validator_of
-from sana_tune.errors import Interrupted, Problem, UserError
+from sana_tune.drawing import autocast_dtype, precision, validator_of
+from sana_tune.errors import Interrupted, Problem, UserError, gather
 from sana_tune.log import log
 from sana_tune.measuring import evaluator_of, scored, scorer_folder
 from sana_tune.output import Output
@@ -50,10 +50,12 @@ from sana_tune.prepare import (
     write_down_export,
 )
 from sana_tune.progress import Progress
+from sana_tune.publish import comment_of, listeners, pipeline_card, repository_of
 from sana_tune.roles import is_regularised, learns_from_base, windows
 from sana_tune.train.signals import LeaveNow, Stop
-from sana_tune.watch.card import model_card
+from sana_tune.watch.card import Seen
 from sana_tune.watch.events import Failed
+from sana_tune.watch.ready import watch_problems
 from sana_tune.watch.sinks import MetricsSink, Sink, Watcher, screen
 
 if TYPE_CHECKING:
@@ -89,7 +91,9 @@ def _run(loaded: Loaded, notes: Sequence[str], restart: bool, sinks: Sequence[Si
     output = Output.open(Path(loaded.config.train.output_dir))
     handler = logs.add_file(output.log_file)
     try:
-        prepared = prepare(loaded, output, notes, fresh=restart)
+        problems = watch_problems(loaded.config.watch)
+        repository = None if problems else gather(problems, lambda: repository_of(loaded.config))
+        prepared = prepare(loaded, output, notes, fresh=restart, also=problems)
         scorer = scorer_folder(prepared)  # before anything is written: it may be a download
         tell(prepared)
         if (finished := finished_already(prepared)) is not None:
@@ -98,7 +102,7 @@ def _run(loaded: Loaded, notes: Sequence[str], restart: bool, sinks: Sequence[Si
             output.set_aside()
         before = output.read_json("plan.json") if prepared.checkpoint is not None else {}
         write_down(prepared)
-        all_sinks = [screen(logs.console()), MetricsSink(output.metrics_file), *sinks]
+        all_sinks = [screen(logs.console()), MetricsSink(output.metrics_file), *listeners(prepared, repository), *sinks]
         with Watcher(all_sinks) as watcher:
             try:
                 return work(prepared, before, watcher, stop, scorer)
@@ -242,7 +246,7 @@ def train(prepared: Prepared, caches: Caches, accelerator: Accelerator, watcher:
                 watcher,
                 stop,
                 resume=prepared.checkpoint,
-                export=lambda progress: export(prepared, parts, progress),
+                export=lambda progress: export(prepared, parts, progress, watcher.seen),
                 evaluator=evaluator_of(prepared, caches, supply.reading, lambda: stop.requested),
                 max_bad_steps=config.train.max_bad_steps,
             )
@@ -482,30 +486,22 @@ def base_model(prepared: Prepared, device: torch.device) -> Any:
     return freeze(base, dtype, autocast=autocast_dtype(prepared.loaded, weights)).to(device)
 
 
-def export(prepared: Prepared, parts: Parts, progress: Progress) -> str:
-    """Write the finished pipeline. Answers its folder."""
+def export(prepared: Prepared, parts: Parts, progress: Progress, seen: Seen) -> str:
+    """Write the finished pipeline. Answers its folder. seen: the last pictures and numbers, for its model card."""
     from sana_tune.model.export import export_pipeline
 
-    config, facts = prepared.config, prepared.facts
-    sample = {**snippet_of(prepared), "dtype": str(parts.input_dtype).removeprefix("torch.")}
-    training = {
-        "Steps": progress.step,
-        "Images seen": progress.images,
-        "Optimizer": f"{config.optimizer.optimizer}, learning rate {prepared.plan.schedule.peak_lr:g}",
-        "Flow shift": f"{prepared.plan.flow_shift:g}",
-        "Datasets": ", ".join(f"{part.dataset} ({part.trained} pictures)" for part in prepared.survey.ledger.datasets),
-    }
-    average = parts.ema.state_dict()
-    out = prepared.output.pipeline
-    card = model_card(
-        model=facts.name,
-        licence=facts.licence,
-        folder=str(out),
-        sample=sample,
-        training=training,
-        has_ema=bool(average),
+    config, out = prepared.config, prepared.output.pipeline
+    average, weights = parts.ema.state_dict(), parts.bare.state_dict()
+    card = pipeline_card(prepared, progress, str(parts.input_dtype).removeprefix("torch."), seen)
+    export_pipeline(
+        prepared.folder,
+        weights,
+        average or None,
+        out,
+        card.text,
+        variant=config.model.variant,
+        beside=card.pictures,
+        comment=comment_of(config, progress),
     )
-    weights = parts.bare.state_dict()
-    export_pipeline(prepared.folder, weights, average or None, out, card, variant=config.model.variant)
     write_down_export(prepared.output, progress)
     return str(out)

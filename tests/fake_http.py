@@ -1,4 +1,5 @@
-"""A web server of one's own on 127.0.0.1 that gives pictures, and that can be slow, moody, closed, or torn off.
+"""A web server of one's own on 127.0.0.1 that gives pictures and takes messages, and that can be slow, moody, closed,
+or torn off.
 
 What a path answers stands in `pages`: bytes, or a list of what is answered in turn (its last one for good): bytes,
 a `Moody` answer, or a status code.
@@ -6,9 +7,12 @@ a `Moody` answer, or a status code.
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from dataclasses import dataclass, field
+from email.message import Message
+from email.parser import BytesParser
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -33,13 +37,38 @@ class Moody:
     wrong_range: bool = False
 
 
+@dataclass(frozen=True)
+class Post:
+    """What was sent: path, headers and body."""
+
+    path: str
+    headers: Message
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    def form(self) -> dict[str, bytes]:
+        """The parts of a multipart body by name."""
+        head = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
+        parts = BytesParser().parsebytes(head + self.body).get_payload()
+        return {
+            str(part.get_param("name", header="content-disposition")): bytes(part.get_payload(decode=True))
+            for part in parts  # type: ignore[union-attr]
+        }  # fmt: skip
+
+
 @dataclass
 class FakeHttp:
-    """Use as a context manager. requests: (path with query, Range). most: of the requests that ran at once."""
+    """Use as a context manager. requests: (path with query, Range). most: of the requests that ran at once.
+
+    posts: what was sent, answered or not.
+    """
 
     pages: dict[str, Any] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
     logins: list[str] = field(default_factory=list)
+    posts: list[Post] = field(default_factory=list)
     most: int = 0
 
     def __enter__(self) -> FakeHttp:
@@ -102,6 +131,16 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             with fake.lock:
                 fake.running -= 1
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        with self.fake.lock:
+            self.fake.posts.append(Post(self.path, self.headers, body))
+        page = self.fake.next_answer(self.path)
+        try:
+            self._answer(Moody(status=page) if isinstance(page, int) else page)
+        except ConnectionError:
+            pass
 
     def _answer(self, page: Moody) -> None:
         time.sleep(page.late_s)

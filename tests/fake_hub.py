@@ -1,8 +1,10 @@
-"""A Hugging Face Hub of one's own on 127.0.0.1: enough of its HTTP for the real huggingface_hub client.
+"""A Hugging Face Hub of one's own on 127.0.0.1: enough of its HTTP for the real huggingface_hub client, both ways.
 
 Serves folders, as models and as datasets: repository info with file sizes, the file tree, and `resolve` with the hub's
 headers; weights are redirected to a "CDN" address as the real hub does. It records every request, and can refuse
 (gated, unknown, wrong revision, wrong token), fail, break a download off, or stop answering in the middle of a file.
+
+It takes uploads as well: whoami, new repositories, preupload, large files by LFS, commits; what is committed is served.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from base64 import b64decode
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,6 +28,24 @@ class Request:
     start: int = 0
 
 
+@dataclass(frozen=True)
+class User:
+    """Whom a token belongs to. role: of the token, write or read."""
+
+    name: str
+    role: str = "write"
+    orgs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One commit: repository, first line of the message, and the paths it added."""
+
+    repository: str
+    message: str
+    paths: tuple[str, ...]
+
+
 @dataclass
 class FakeHub:
     """models: hub id → folder. Use as a context manager; `url` is the HF_ENDPOINT.
@@ -33,6 +54,9 @@ class FakeHub:
     private: id → the token that may see it; to all others it does not exist.
     broken: every request is answered 503. cuts: file name → bytes after which the connection is cut, once.
     stalls: file names of which half is sent and then nothing, until the hub is closed.
+    users: token → whose it is. root: where new repositories go. made: id → visibility, of those that clients made.
+    trouble: request (whoami, create, preupload, batch, put, commit) → status codes to answer first, one each.
+    objects: hash → content of the large files that were sent, committed or not. puts: hashes in the order they came.
     """
 
     models: dict[str, Path]
@@ -42,6 +66,13 @@ class FakeHub:
     broken: bool = False
     cuts: dict[str, int] = field(default_factory=dict)
     stalls: set[str] = field(default_factory=set)
+    users: dict[str, User] = field(default_factory=dict)
+    root: Path | None = None
+    made: dict[str, str] = field(default_factory=dict)
+    trouble: dict[str, list[int]] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)
+    puts: list[str] = field(default_factory=list)
+    commits: list[Commit] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
     sent: dict[str, int] = field(default_factory=dict)  # file → bytes of its content that went out
     stalled: threading.Event = field(default_factory=threading.Event)
@@ -86,6 +117,133 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
+    # ---- uploads ----
+
+    def do_POST(self) -> None:
+        self._take()
+
+    def do_PUT(self) -> None:
+        self._take()
+
+    def _take(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.hub.requests.append(Request(self.command, path))
+        body = self._body()
+        parts = path.strip("/").split("/")
+        kind = self._kind(parts)
+        if pending := self.hub.trouble.get(kind):
+            return self._refuse(pending.pop(0), "", f"trouble with {kind}")
+        if kind == "put":
+            return self._put(parts[1], body)
+        if kind == "validate":
+            return self._json({"warnings": [], "errors": []})
+        user = self._user()
+        if user is None or user.role == "read":
+            return self._refuse(401 if user is None else 403, "", "you may not write")
+        if kind == "create":
+            return self._create(json.loads(body), user)
+        name = f"{parts[0]}/{parts[1].removesuffix('.git')}" if kind == "batch" else "/".join(parts[2:4])
+        if name not in self.hub.models:
+            return self._refuse(404, "RepoNotFound", "Repository not found")
+        return {"preupload": self._preupload, "batch": self._batch, "commit": self._commit}[kind](name, body)
+
+    @staticmethod
+    def _kind(parts: list[str]) -> str:
+        if parts[0] == "lfs":
+            return "put"
+        if parts[:2] == ["api", "validate-yaml"]:
+            return "validate"
+        if parts[:3] == ["api", "repos", "create"]:
+            return "create"
+        return parts[4] if parts[:2] == ["api", "models"] else "batch"
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        found = b""
+        while size := int(self.rfile.readline(), 16):
+            found += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return found
+
+    def _user(self) -> User | None:
+        return self.hub.users.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+
+    def _create(self, asked: dict, user: User) -> None:
+        owner, root = asked.get("organization") or user.name, self.hub.root
+        name = f"{owner}/{asked['name']}"
+        if owner not in (user.name, *user.orgs):
+            return self._refuse(403, "", f"you may not create repositories of {owner}")
+        if name in self.hub.models:
+            return self._json({"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}, 409)
+        assert root is not None, "a hub that takes uploads has a root"
+        folder = root / name
+        folder.mkdir(parents=True)
+        self.hub.models[name] = folder
+        private = asked.get("visibility") == "private" or asked.get("private") is True
+        self.hub.made[name] = "private" if private else "public"
+        return self._json({"url": f"{self.hub.url}/{name}", "name": name})
+
+    def _preupload(self, name: str, body: bytes) -> None:
+        files = [
+            {
+                "path": file["path"],
+                "uploadMode": "lfs" if file["path"].endswith((".safetensors", ".pt", ".png")) else "regular",
+                "shouldIgnore": False,
+            }
+            for file in json.loads(body)["files"]
+        ]
+        self._json({"files": files})
+
+    def _batch(self, name: str, body: bytes) -> None:
+        objects = []
+        for asked in json.loads(body)["objects"]:
+            entry = {"oid": asked["oid"], "size": asked["size"]}
+            if asked["oid"] not in self.hub.objects:
+                entry["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{asked['oid']}"}}
+            objects.append(entry)
+        self._json({"transfer": "basic", "objects": objects})
+
+    def _put(self, oid: str, body: bytes) -> None:
+        if hashlib.sha256(body).hexdigest() != oid:
+            return self._refuse(400, "", "the content is not what the hash says")
+        self.hub.puts.append(oid)
+        self.hub.objects[oid] = body
+        return self._head(200, {}, 0)
+
+    def _commit(self, name: str, body: bytes) -> None:
+        lines = [json.loads(line) for line in body.splitlines()]
+        files: dict[str, bytes] = {}
+        for line in lines[1:]:
+            value = line["value"]
+            is_large = line["key"] == "lfsFile"
+            if is_large and value["oid"] not in self.hub.objects:
+                return self._refuse(422, "", f"{value['path']} was never sent")
+            content = self.hub.objects[value["oid"]] if is_large else b64decode(value["content"])
+            files[value["path"]] = content
+        for path, content in files.items():
+            place = self.hub.models[name] / path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(content)
+        self.hub.commits.append(Commit(name, lines[0]["value"]["summary"], tuple(sorted(files))))
+        oid = self.hub.commit(name)
+        return self._json(
+            {"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "hookOutput": ""}
+        )
+
+    def _whoami(self) -> None:
+        user = self._user()
+        if pending := self.hub.trouble.get("whoami"):
+            return self._refuse(pending.pop(0), "", "trouble with whoami")
+        if user is None:
+            return self._refuse(401, "", "Invalid credentials in Authorization header")
+        token = {"displayName": "test", "role": user.role}
+        orgs = [{"name": org} for org in user.orgs]
+        return self._json({"type": "user", "name": user.name, "orgs": orgs, "auth": {"accessToken": token}})
+
+    # ---- downloads ----
+
     def _answer(self) -> None:
         url = urlsplit(self.path)
         path = unquote(url.path)
@@ -94,6 +252,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.broken:
             return self._refuse(503, "", "the hub is broken")
         parts = path.strip("/").split("/")
+        if parts == ["api", "whoami-v2"]:
+            return self._whoami()
         if parts[0] == "datasets":
             parts = parts[1:]
         if parts[:2] in (["api", "models"], ["api", "datasets"]):
@@ -194,10 +354,10 @@ class _Handler(BaseHTTPRequestHandler):
             entry["lfs"] = {"oid": _etag(path), "size": size, "pointerSize": 130}
         return entry
 
-    def _json(self, value: object) -> None:
+    def _json(self, value: object, status: int = 200) -> None:
         body = json.dumps(value).encode()
-        self._head(200, {"Content-Type": "application/json"}, len(body))
-        if self.command == "GET":
+        self._head(status, {"Content-Type": "application/json"}, len(body))
+        if self.command != "HEAD":
             self.wfile.write(body)
 
     def _refuse(self, status: int, code: str, message: str) -> None:

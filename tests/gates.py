@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("caching",),
     ("drawing",),
     ("inventory", "offline", "measuring"),
+    ("publish",),
     ("run",),
     ("bench",),
     ("cli",),

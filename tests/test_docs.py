@@ -26,6 +26,7 @@ from sana_tune.config.load import load
 from sana_tune.config.prompt_library import read_library
 from sana_tune.config.schema import section_of
 from sana_tune.config.sources import FILTER_KEYS, HUB_KEYS, TABLE_KEYS
+from sana_tune.config.watching import WEBHOOK_KEYS
 from scripts import build_docs
 from tests.journeys import test_mistakes as mistakes
 from tests.journeys.kit import pictures, small_run
@@ -161,9 +162,13 @@ OTHER_NAMES = frozenset({
     "sana_tune", "text_embeds", "pixel_area", "constant_with_warmup", "user_prompt_library", "transformer_ema",
     "validation_images", "huggingface_hub", "cosine_with_restarts", "cosine_with_warmup", "image_embeds",
     "instance_prompt", "save_to_disk", "ema_only",
+    # of the numbers of a step, of raw messages and of trackers
+    "grad_norm", "step_s", "job_id", "image_names", "eta_seconds", "is_final", "init_text_embed_cache",
+    "init_vae_cache", "init_resume_checkpoint", "benchmark_base_model", "final_validation",
+    "training_complete", "training_abort",
 })  # fmt: skip
 # Keys inside of blocks.
-BLOCK_KEYS = {*TABLE_KEYS, *HUB_KEYS, *FILTER_KEYS, *(field.name for field in fields(CaptionShuffle))}
+BLOCK_KEYS = {*TABLE_KEYS, *HUB_KEYS, *FILTER_KEYS, *WEBHOOK_KEYS, *(field.name for field in fields(CaptionShuffle))}
 
 
 def test_settings_in_the_pages_exist():

@@ -31,7 +31,7 @@ TORCH_FREE_MODULES = (
     "sana_tune.watch.events",
 )
 # A sink must not stop a run.
-BROAD_EXCEPTS = frozenset({"sana_tune.watch.sinks"})
+BROAD_EXCEPTS = frozenset({"sana_tune.watch.sinks", "sana_tune.watch.background"})
 
 
 def write(folder: Path, files: dict[str, str]) -> Path:

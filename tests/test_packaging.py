@@ -66,7 +66,8 @@ def test_the_wheel_says_what_it_is(metadata, wheel):
     assert {part.strip() for part in metadata["Requires-Python"].split(",")} == {">=3.11", "<3.14"}
     (licence,) = (name for name in wheel.namelist() if name.endswith("licenses/LICENSE"))
     assert "Apache License" in wheel.read(licence).decode()
-    assert set(metadata.get_all("Provides-Extra")) == {"cuda", "cuda13", "lokr", "s3", "datasets", "test", "dev"}
+    extras = {"cuda", "cuda13", "lokr", "s3", "datasets", "tensorboard", "test", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == extras
 
 
 def test_the_core_asks_for_lower_bounds_alone():

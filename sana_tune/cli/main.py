@@ -101,7 +101,7 @@ def configure(
     resolution: Annotated[str | None, typer.Option(metavar="PX", help="Size, or several: 1024,512.")] = None,
     steps: Annotated[str | None, typer.Option(metavar="N", help='Length in steps, or "20 epochs".')] = None,
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Prompt of the previews.")] = None,
-    tracking: Annotated[str | None, typer.Option(help="none, wandb or tensorboard.")] = None,
+    tracking: Annotated[str | None, typer.Option(help="none, wandb, tensorboard or both: wandb,tensorboard.")] = None,
     output: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the run.")] = None,
     config: Annotated[str | None, typer.Option(metavar="PATH", help="Config file to make or change.")] = None,
     env: Annotated[str | None, typer.Option(metavar="NAME", help="Make or change config/NAME/config.json.")] = None,

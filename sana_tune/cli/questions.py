@@ -23,11 +23,13 @@ from sana_tune.config.findings import Findings
 from sana_tune.config.legacy import SAME_VALUE
 from sana_tune.config.placeholders import expand_env
 from sana_tune.config.values import nearest
+from sana_tune.config.watching import parse_trackers
 from sana_tune.errors import Problem, UserError
 from sana_tune.hardware import Device
 from sana_tune.model.facts import NANO_LICENCE, WEIGHTS_LICENCE, from_folder, known
 from sana_tune.model.fetch import local_folder
 from sana_tune.plan import human_bytes
+from sana_tune.watch.trackers import tracker_problems
 
 
 @dataclass(frozen=True)
@@ -440,14 +442,21 @@ def _tracking_default(state: State) -> str | None:
 def _read_tracking(text: str, state: State) -> str:
     if text.strip() and text.strip() == state.was("report_to"):
         return text.strip()
+    if "," in text or text.strip().lower() == "all":
+        try:
+            return parse_trackers(text)
+        except ValueError as error:
+            raise refuse("--tracking", str(error), "write none, wandb, tensorboard, or both with a comma") from None
     return choose(text, TRACKERS, "--tracking")
 
 
 def _tracking_said(name: str, state: State) -> list[str]:
-    if name == "none":
-        return []
-    return [f"{name} comes in a later version: report_to is written, and has no effect until then. Until then, losses "
-            "and pictures are in the output folder."]  # fmt: skip
+    lines = [f"{problem.what}: {problem.fix}." for problem in tracker_problems(str(name), state.environ)]
+    if "tensorboard" in str(name):
+        lines.append(
+            "See the curves with: tensorboard --logdir OUTPUT/logs (OUTPUT: the folder that is asked for next)."
+        )
+    return lines
 
 
 def _output_default(state: State) -> str | None:
@@ -544,7 +553,8 @@ QUESTIONS: tuple[Question, ...] = (
     Question(
         "tracking", "--tracking", "Tracking", "Where curves go besides metrics.jsonl: none, wandb or tensorboard.",
         _tracking_default, _read_tracking, said=_tracking_said,
-        more="metrics.jsonl and the pictures in the output folder are always there. Trackers come in a later version.",
+        more="metrics.jsonl and the pictures in the output folder are always there. wandb shows them on its website "
+        "and needs `wandb login`; tensorboard writes files to look at on this machine. Both: wandb,tensorboard.",
     ),
     Question(
         "output", "--output", "Output", "The folder for checkpoints, previews and the trained model.",

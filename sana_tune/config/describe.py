@@ -58,6 +58,7 @@ from sana_tune.config.values import (
     parse_optimizer_config,
     parse_resolutions,
 )
+from sana_tune.config.watching import parse_comment, parse_hub_id, parse_script, parse_trackers, parse_webhooks
 
 Home = Literal["config", "dataset", "conditioning", "text_embeds"]
 
@@ -87,6 +88,11 @@ READ_BY: Mapping[Any, str] = {
     parse_colour: "colour",
     parse_caption_shuffle: "object",
     parse_caption_filters: "list of filters, or a file",
+    parse_trackers: "names",
+    parse_webhooks: "object, list of objects, or a file",
+    parse_hub_id: "repository",
+    parse_comment: "text or list of lines",
+    parse_script: "command",
 }
 # Types whose values are names of a table.
 TABLES = (

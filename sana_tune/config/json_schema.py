@@ -31,6 +31,14 @@ from sana_tune.config.values import (
     parse_optimizer_config,
     parse_resolutions,
 )
+from sana_tune.config.watching import (
+    WEBHOOK_KEYS,
+    parse_comment,
+    parse_hub_id,
+    parse_script,
+    parse_trackers,
+    parse_webhooks,
+)
 
 Schema = dict[str, Any]
 
@@ -47,6 +55,8 @@ OR_TEXT = {
     parse_ids: "array",
     parse_instruction: "array",
     parse_optimizer_config: "object",
+    parse_comment: "array",
+    parse_trackers: "array",
 }  # text, or this kind of value
 TRUE: Schema = {"enum": [True, 1, "true", "True", "TRUE", "1"]}
 BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
@@ -234,8 +244,11 @@ def _ways(key: str, info: FieldInfo, member: Any) -> list[Schema]:
         return [_caption_shuffle(), {"enum": [{}]}]
     if member is parse_caption_filters:
         return [{"type": "array", "items": {"type": "string"}}, {"type": "string"}]
-    if member is parse_colour:
+    if member in (parse_colour, parse_hub_id, parse_script):
         return [{"type": "string"}]
+    if member is parse_webhooks:
+        one = [_block(WEBHOOK_KEYS, ["webhook_type"])]
+        return [*one, {"enum": [{}]}, {"type": "array", "items": one[0]}, {"type": "string"}]
     if member is parse_table:
         return [_block(TABLE_KEYS, ["path"])]
     if member is parse_hub:

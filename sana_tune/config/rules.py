@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -459,6 +460,31 @@ def unused_checkpointing_settings(config: Config) -> list[str]:
     return [f"{key} has no effect: gradient_checkpointing is off" for key in asked]
 
 
+def scripts_name_settings(config: Config) -> Problem | None:
+    """A placeholder {validation_…} of a script is a setting of the validation."""
+    known = type(config.validation).model_fields
+    for key in ("post_checkpoint_script", "post_upload_script"):
+        for name in re.findall(r"\{(validation_\w+)\}", vars(config.watch)[key] or ""):
+            if name not in known:
+                guess = nearest(name, known)
+                hint = f"did you mean {{{guess}}}?" if guess else "`sana_tune options` lists the settings there are"
+                return Problem(key, f"there is no placeholder {{{name}}}", hint)
+    return None
+
+
+def unused_hub_settings(config: Config) -> list[str]:
+    """Notes on settings of uploads while nothing is uploaded."""
+    wanted, fields = config.watch, type(config.watch).model_fields
+    if wanted.push_checkpoints_to_hub:
+        return []
+    for_checkpoints = ("push_to_hub_background", "push_optimizer_to_hub")
+    keys = for_checkpoints if wanted.push_to_hub else (*for_checkpoints, "hub_model_id", "model_card_private")
+    given = [key for key in keys if vars(wanted)[key] != fields[key].default]
+    missing = "push_checkpoints_to_hub" if wanted.push_to_hub else "push_to_hub and push_checkpoints_to_hub"
+    verb = "is" if wanted.push_to_hub else "are"
+    return [f"{key} has no effect: {missing} {verb} off" for key in given]
+
+
 def someone_starts(datasets: Sequence[ImageDataset]) -> Problem | None:
     """At least one dataset must be there from the first step on."""
     trained = [dataset for dataset in datasets if not isinstance(dataset, EvalDataset)]
@@ -515,6 +541,7 @@ CONFIG_RULES: tuple[Callable[[Config], Problem | None], ...] = (
     one_distribution,
     one_weighting,
     *VALIDATION_RULES,
+    scripts_name_settings,
 )
 
 
@@ -530,6 +557,7 @@ def check_rules(
     notes += unused_rollout_settings(config)
     notes += unused_optimizer_settings(config) + release_notes(config) + unused_checkpointing_settings(config)
     notes += unused_validation_settings(config) + preview_notes(config)
+    notes += unused_hub_settings(config)
     for dataset in datasets:
         notes += unused_crop_settings(dataset)
         notes += unused_source_settings(dataset)

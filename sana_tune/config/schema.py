@@ -42,6 +42,14 @@ from sana_tune.config.values import (
     parse_resolutions,
     whole_or_share,
 )
+from sana_tune.config.watching import (
+    Webhook,
+    parse_comment,
+    parse_hub_id,
+    parse_script,
+    parse_trackers,
+    parse_webhooks,
+)
 
 
 class Section(BaseModel):
@@ -413,6 +421,45 @@ class EvaluationConfig(Section):
     )
 
 
+Script = Annotated[str | None, BeforeValidator(parse_script)]
+
+
+class WatchConfig(Section):
+    report_to: Annotated[str, BeforeValidator(parse_trackers)] = setting(
+        "none", "trackers of curves and pictures: wandb, tensorboard, all or none; several with commas"
+    )
+    tracker_project_name: str = setting("sana_tune", "project of the run in trackers", min_length=1)
+    tracker_run_name: str | None = setting(
+        None, "name of the run in trackers and messages; unset = the name of output_dir"
+    )
+    logging_dir: str | None = setting(None, "folder of the trackers' files; unset = logs in output_dir")
+    webhook_config: Annotated[tuple[Webhook, ...] | None, BeforeValidator(parse_webhooks)] = setting(
+        None, "where messages are sent: an object, a list of them, or the path of a JSON file"
+    )
+    push_to_hub: bool = setting(False, "upload the finished pipeline to the Hugging Face Hub")
+    push_checkpoints_to_hub: bool = setting(False, "upload every checkpoint, to its folder checkpoint-<step>")
+    push_to_hub_background: bool = setting(
+        True, "upload checkpoints while training goes on; false: it waits for each of them"
+    )
+    push_optimizer_to_hub: bool = setting(False, "upload the optimizer's state with checkpoints: to resume elsewhere")
+    hub_model_id: Annotated[str | None, BeforeValidator(parse_hub_id)] = setting(
+        None, "repository: owner/name, or a name of your own; unset = tracker_project_name, else the run's name"
+    )
+    model_card_private: bool = setting(True, "make a new repository private")
+    model_card_safe_for_work: bool = setting(False, "leave out the model card's tag not-for-all-audiences")
+    model_card_note: str | None = setting(None, "text that stands first in the model card")
+    modelspec_comment: Annotated[str | None, BeforeValidator(parse_comment)] = setting(
+        None,
+        "comment in the exported weights' metadata; may hold {current_step}, {current_epoch} and {timestamp}",
+    )
+    post_checkpoint_script: Script = setting(
+        None, "command run after each checkpoint, without a shell; may hold {local_checkpoint_path}, {global_step} …"
+    )
+    post_upload_script: Script = setting(
+        None, "command run after each upload, and at the end of a run that uploads nothing"
+    )
+
+
 class Config(Section):
     """What was asked, whole, in groups; the descriptions are their titles. multidatabackend.json stands beside it."""
 
@@ -426,6 +473,7 @@ class Config(Section):
     ema: EmaConfig = Field(description="Average of the weights (EMA)")
     validation: ValidationConfig = Field(description="Validation pictures")
     evaluation: EvaluationConfig = Field(description="Held-out loss, alarms and CLIP score")
+    watch: WatchConfig = Field(description="Trackers, webhooks and publishing")
 
 
 SECTIONS: dict[str, type[Section]] = {name: field.annotation for name, field in Config.model_fields.items()}  # type: ignore[misc]

@@ -8,6 +8,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -28,12 +29,15 @@ def export_pipeline(
     variant: str | None = None,
     dtype: str = "fp32",
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    beside: Mapping[str, Path] = MappingProxyType({}),
+    comment: str | None = None,
 ) -> None:
     """Write a pipeline folder at `out`, replacing an older one: raw weights in transformer/, EMA in transformer_ema/.
 
     The VAE, text encoder, tokenizer and scheduler are copied from the source model, one variant under plain file
     names. Written beside `out`, synced and renamed, so that `out` is whole or not there; what killed exports left
     beside it is removed. States keep their dtype.
+    beside: more files, path inside → source. comment: for the metadata of the trained weights.
     Raises UserError when the place cannot be written.
     """
     staged = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:8]}")
@@ -43,7 +47,8 @@ def export_pipeline(
             shutil.rmtree(left)
         staged.mkdir()
         try:
-            _write(source, transformer_state, ema_state, staged, readme, variant, dtype, max_shard_bytes)
+            _write(source, transformer_state, ema_state, staged, readme, variant, dtype, max_shard_bytes, comment)
+            _copy_beside(beside, staged)
             _replace(staged, out)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
@@ -59,20 +64,25 @@ def write_transformer(
     folder: Path,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    comment: str | None = None,
 ) -> None:
-    """A transformer/ folder as diffusers stores it: config.json and safetensors, in shards above the limit."""
+    """A transformer/ folder as diffusers stores it: config.json and safetensors, in shards above the limit.
+
+    comment: kept as modelspec.comment in the metadata of the files (https://github.com/Stability-AI/ModelSpec).
+    """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     plain = {key: value for key, value in config.items() if key != "_name_or_path"}  # a path of some machine
     (folder / "config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    metadata = {"format": "pt", **({"modelspec.comment": comment} if comment else {})}
     split = split_torch_state_dict_into_shards(
         dict(state), filename_pattern=STEM + "{suffix}.safetensors", max_shard_size=max_shard_bytes
     )
     for name, keys in split.filename_to_tensors.items():
         tensors = {key: state[key].detach().cpu().contiguous() for key in keys}
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+        save_file(tensors, folder / name, metadata=metadata)
         (folder / name).chmod((folder / "config.json").stat().st_mode)  # safetensors writes for the owner alone
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
@@ -89,18 +99,30 @@ def _write(
     variant: str | None,
     dtype: str,
     max_shard_bytes: int,
+    comment: str | None,
 ) -> None:
     chosen = choose_weights(list_files(source), str(source), variant=variant, dtype=dtype)
     config = read_json(source / CONFIGS["transformer"])
-    write_transformer(config, transformer_state, staged / "transformer", max_shard_bytes=max_shard_bytes)
+    write_transformer(
+        config, transformer_state, staged / "transformer", max_shard_bytes=max_shard_bytes, comment=comment
+    )
     if ema_state is not None:
-        write_transformer(config, ema_state, staged / "transformer_ema", max_shard_bytes=max_shard_bytes)
+        write_transformer(
+            config, ema_state, staged / "transformer_ema", max_shard_bytes=max_shard_bytes, comment=comment
+        )
     for component in ("vae", "text_encoder"):
         _copy_weights(source, chosen[component], staged)
     for component in ("tokenizer", "scheduler"):
         shutil.copytree(source / component, staged / component)
     shutil.copyfile(source / INDEX, staged / INDEX)
     (staged / "README.md").write_text(readme, encoding="utf-8")
+
+
+def _copy_beside(files: Mapping[str, Path], staged: Path) -> None:
+    """Copy what goes beside the pipeline, and sync all that is staged."""
+    for name, path in files.items():
+        (staged / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, staged / name)
     for path in [*staged.rglob("*"), staged]:
         _sync(path)
 

@@ -89,6 +89,7 @@ class Scored(Watcher):
     def __init__(self, watcher: Watcher, scores: Scores):
         super().__init__(())
         self._watcher = watcher
+        self.seen = watcher.seen
         self._scores = scores
 
     def emit(self, event: Event) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from sana_tune.log import log
+from sana_tune.watch.card import Seen
 from sana_tune.watch.events import (
     CacheProgress,
     Event,
@@ -44,13 +45,18 @@ class Sink(Protocol):
 
 
 class Watcher:
-    """Hands every event to every sink. A sink that raises is reported once and hears no more."""
+    """Hands every event to every sink. A sink that raises is reported once and hears no more.
+
+    seen: the last pictures and numbers, for the model card.
+    """
 
     def __init__(self, sinks: Sequence[Sink]):
         self._sinks = list(sinks)
+        self.seen = Seen()
 
     def emit(self, event: Event) -> None:
         """Never raises for a sink's sake."""
+        self.seen.emit(event)
         for sink in tuple(self._sinks):
             try:
                 sink.emit(event)
@@ -103,6 +109,11 @@ class Meter:
 
     def add(self, event: Stepped) -> None:
         self._steps.append(event)
+
+    @property
+    def last_step(self) -> int:
+        """The step of the newest event; 0 before the first."""
+        return self._steps[-1].progress.step if self._steps else 0
 
     @property
     def loss(self) -> float:

@@ -208,7 +208,10 @@ def test_prompts(tmp_path):
 def test_tracking(tmp_path):
     question, here = ASKED["tracking"], state(tmp_path)
     assert question.default(here) == "none" and question.said("none", here) == []
-    assert "later version" in question.said(question.read("wandb", here), here)[0]
+    assert "nobody is logged in" in question.said(question.read("wandb", here), here)[0]
+    assert "tensorboard --logdir" in question.said(question.read("3", here), here)[0]
+    assert question.read("tensorboard, wandb", here) == "wandb,tensorboard" == question.read("all", here)
+    assert question.said("none", here) == []
     assert "must be one of" in refused(question, "mlflow", here)
 
 

@@ -88,17 +88,17 @@ def test_a_gpu_is_detected_and_the_model_fits_it():
 
 def test_corrections_help_and_the_way_back():
     answers = ["b", "?", "nano", "nowhere", "?", "'pictures/'", "3", "b", "parquet", "3", "a photo of Rex, a brown dog",
-               "", "lokr", "full", "big", "64,32", "b", "", "20 epochs", "", "wandb", "", "y"]  # fmt: skip
+               "", "lokr", "full", "big", "64,32", "b", "", "20 epochs", "", "wandbb,x", "wandb", "", "y"]  # fmt: skip
     said = run(*answers).text
     for part in (
         "This is the first question.", "Larger models draw better", "does not exist", "Nothing in the folder is ever",
         "must be one of textfile", "LoKr comes in a later version",
-        "whole number of px", "wandb comes in a later version",
+        "whole number of px", "there is no tracker 'wandbb'; did you mean wandb?",
     ):  # fmt: skip
         assert part in said, part
     first, second = loaded().datasets
     assert (first.resolution, second.resolution) == (64, 32) and first.instance_prompt == "a photo of Rex, a brown dog"
-    assert loaded().config.train.num_train_epochs == 20 and any("report_to" in note for note in loaded().notes)
+    assert loaded().config.train.num_train_epochs == 20 and loaded().config.watch.report_to == "wandb"
 
 
 def test_what_was_typed_is_the_default_on_the_way_back_and_later_answers_are_forgotten():

@@ -16,7 +16,7 @@ OURS, OTHERS = ("seed", "learning_rate"), ("repeats", "id")
         ("delete_unwanted_images", "false", "", ""),
         ("hash_filenames", True, "", "has no effect here"),
         ("base_model_precision", "nf4-bnb", "changes what is trained", ""),
-        ("report_to", "wandb", "", "not built yet"),
+        ("enable_watermark", True, "", "not built yet"),
         ("repeats", 1, "is a setting of a dataset", ""),
         ("sed", 1, "did you mean seed?", ""),
         ("xyzzy", 1, "sana_tune options", ""),

@@ -202,7 +202,7 @@ def test_datasets_that_load_are_valid(entries, tmp_path):
 
 def test_what_becomes_of_a_foreign_key_is_said():
     patterns = CONFIG.schema["patternProperties"]
-    told = patterns["^(--)?report[-_]to$"]
+    told = patterns["^(--)?enable[-_]watermark$"]
     assert told["deprecated"] is True and "no effect in this version" in told["description"]
     assert patterns["^(--)?validation[-_]steps$"]["$ref"] == "#/properties/validation_step_interval"
     assert "name the repository" in patterns["^(--)?model[-_]flavour$"]["description"]

@@ -25,8 +25,8 @@ def test_renamed_keys_lead_to_ours() -> None:
 
 
 def test_off_values() -> None:
-    assert legacy.is_off("push_to_hub", "false") and legacy.is_off("num_machines", 1)
-    assert not legacy.is_off("push_to_hub", True) and not legacy.is_off("num_machines", 2)
+    assert legacy.is_off("mixflow_enabled", "false") and legacy.is_off("num_machines", 1)
+    assert not legacy.is_off("mixflow_enabled", True) and not legacy.is_off("num_machines", 2)
     assert not legacy.is_off("num_processes", True), "true is not the number 1"
 
 

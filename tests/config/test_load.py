@@ -132,9 +132,7 @@ def test_of_masks_with_a_mistake_only_that_is_told(tmp_path: Path) -> None:
 
 
 NOTED = {
-    "report_to": "wandb",
-    "push_to_hub": True,
-    "webhook_config": "config/webhook.json",
+    "enable_watermark": True,
     "hash_filenames": True,
 }
 
@@ -146,7 +144,7 @@ def test_what_only_adds_output_is_a_note(key: str, tmp_path: Path) -> None:
 
 
 def test_what_is_off_passes_without_a_word(tmp_path: Path) -> None:
-    off = {"push_to_hub": "false", "report_to": "none", "base_model_precision": "no_change"}
+    off = {"push_to_hub": "false", "report_to": "none", "publishing_config": "", "base_model_precision": "no_change"}
     loaded = load_with(tmp_path, {**off, "$schema": "sana_tune/config.schema.json"})
     assert loaded.notes == ()
 
@@ -250,9 +248,9 @@ def test_the_quickstarts_files_load_unchanged(tmp_path: Path, monkeypatch: pytes
     assert [str(size) for size in config.validation.validation_resolution] == ["1024x1024", "1280x768", "2048x2048"]
     assert config.model.gradient_checkpointing_interval == 2 and config.flow.flow_schedule_auto_shift
     said = "\n".join(loaded.notes)
-    for note in ("do nothing with crop: false", "push_to_hub is not built",
-                 "report_to is not built", "auto_shift takes effect"):  # fmt: skip
+    for note in ("do nothing with crop: false", "auto_shift takes effect"):
         assert note in said
+    assert config.watch.push_to_hub and config.watch.report_to == "wandb"
 
 
 def test_the_examples_to_copy_load() -> None:

@@ -65,6 +65,8 @@ OF_KEYS: dict[str, st.SearchStrategy[Any]] = {
     "flow_distribution": st.sampled_from(sorted({*NOISE_DISTRIBUTIONS} - {"custom"})),
     "validation_noise_scheduler": st.sampled_from(sorted(SAMPLERS)),
     "probability": st.floats(0, 1e4, exclude_min=True, allow_subnormal=False),
+    "report_to": st.sampled_from(["none", "all", "wandb", "tensorboard,wandb"]),
+    "hub_model_id": st.sampled_from(["rex", "me/rex", "https://huggingface.co/me/rex"]),
     "alpha_ground": st.sampled_from(["#0a1B2c", "#fff", "white", "rebeccapurple"]),
     "eval_split": st.sampled_from([0, 0.05, 0.5, 1, 12]),
     "caption_shuffle": st.fixed_dictionaries(
@@ -88,7 +90,8 @@ BY_HAND = {"pretrained_model_name_or_path", "data_backend_config", "id", "instan
            "flow_custom_timesteps", "flow_use_uniform_schedule", "flow_use_beta_schedule", "snr_gamma",
            "optimizer_config", "optimizer_release_gradients", "lr_scale_sqrt",
            "gradient_checkpointing_segment_stride", "dynamo_backend", "validation_method",
-           "validation_external_script", "eval_dataset_id"}  # fmt: skip
+           "validation_external_script", "eval_dataset_id",
+           "webhook_config", "post_checkpoint_script", "post_upload_script", "modelspec_comment"}  # fmt: skip
 
 
 def values_of(info: FieldInfo) -> st.SearchStrategy[Any]:
