@@ -42,6 +42,7 @@ from sana_tune.plan import Plan, human_bytes, memory_warnings
 from sana_tune.prepare import (
     cache_needs,
     check_drawing_sizes,
+    check_gpus,
     existing,
     finished,
     keys_of,
@@ -51,6 +52,7 @@ from sana_tune.prepare import (
     prompts_wanted,
     resumed,
     run_plan,
+    shared_out,
     survey_of,
     weights_dtype,
 )
@@ -166,6 +168,9 @@ def look_over(
     writable = not found.problems
     with _told_to(found.warnings):
         checkpoint = gather(found.problems, lambda: resumed(config, output))
+        loaded = gather(found.problems, lambda: shared_out(loaded, checkpoint)) or loaded
+        config = loaded.config
+        gather(found.problems, lambda: check_gpus(config))
         prompts = gather(found.problems, lambda: prompts_wanted(config)) or {}
         model, facts = _model(config, found)
         gather(found.problems, lambda: check_drawing_sizes(config, facts))

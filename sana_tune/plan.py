@@ -137,7 +137,7 @@ class Plan:
 
     With a schedule (`epochs_shown` not empty) epochs differ; micro_batches_per_epoch and steps_per_epoch are the
     first one's, and `epoch_after` knows all. held_out: buckets that no epoch shows.
-    memory: None where nobody worked it out. pace: all that decides how long a step takes; step_s: seconds that a step
+    ranks: processes, which share the micro-batches of a step. memory: None where nobody worked it out. pace: all that decides how long a step takes; step_s: seconds that a step
     took here before at the same pace, None when that is not known.
     """
 
@@ -167,6 +167,7 @@ class Plan:
     datasets: tuple[DatasetPlan, ...] = ()
     held_out: tuple[BucketPlan, ...] = ()
     epochs_shown: tuple[EpochsPlan, ...] = ()
+    ranks: int = 1
     timeline: Timeline | None = field(default=None, compare=False, repr=False)
 
     def epoch_after(self, step: int) -> float:
@@ -324,13 +325,17 @@ def make_plan(
         flow_shift=base_shift(config, facts),
         notes=tuple(dict.fromkeys((*notes, *_notes(config, facts)))),
         memory=memory,
-        pace=pace_of(config, facts, buckets, per_step, memory, precision, learns_from_base=learns_from_base),
+        pace={
+            **pace_of(config, facts, buckets, per_step, memory, precision, learns_from_base=learns_from_base),
+            **({"ranks": ranks} if ranks > 1 else {}),
+        },
         levels=levels_of(config),
         schedule=schedule_of(config, steps, _mean_batch(buckets) * per_step),
         weights=weights or Weights("bf16" if config.model.weights_dtype == "bf16" else "fp32", ""),
         datasets=tuple(datasets),
         held_out=tuple(plan for plan in plans if plan.role == Role.EVAL.value),
         epochs_shown=_epochs_shown(buckets, timeline, steps, per_step),
+        ranks=ranks,
         timeline=timeline,
     )
 
@@ -580,8 +585,9 @@ def length_line(plan: Plan) -> str:
     """How long the run is."""
     going_on = f"; going on from step {plan.first_step}" if plan.first_step else ""
     first = " in the first" if plan.epochs_shown else ""
+    shared = f" shared by {plan.ranks} processes" if plan.ranks > 1 else ""
     return (
-        f"{plan.total_steps} steps of {plan.micro_batches_per_step} micro-batch(es), "
+        f"{plan.total_steps} steps of {plan.micro_batches_per_step} micro-batch(es){shared}, "
         f"{plan.steps_per_epoch:g} steps an epoch{first}, {plan.epochs:.3g} epochs, {plan.images_seen:,} images, "
         f"{plan.images_per_step:.3g} a step{going_on}"
     )

@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 from sana_tune.config.datasets import ImageDataset
+from sana_tune.config.launching import is_sharded, split
 from sana_tune.config.load import Loaded
 from sana_tune.config.schema import Config
 from sana_tune.data import shards
@@ -28,7 +29,7 @@ from sana_tune.data.records import Keys, Record
 from sana_tune.data.stores import open_stores
 from sana_tune.data.survey import Report, Survey, survey
 from sana_tune.errors import Problem, UserError, gather
-from sana_tune.hardware import Device, device_for, no_fp16_on_cpu
+from sana_tune.hardware import Device, device_for, gpus, no_fp16_on_cpu
 from sana_tune.log import log
 from sana_tune.memory import (
     Load,
@@ -61,6 +62,7 @@ from sana_tune.plan import (
 from sana_tune.progress import Progress
 from sana_tune.prompts import prompts_of
 from sana_tune.roles import dataset_plans, held_out_copies, learns_from_base, priced, timeline_for
+from sana_tune.share import kept_batch
 from sana_tune.store import FolderStore, Store
 from sana_tune.train.folders import Checkpoint, check_identity, find, folder_name, read
 from sana_tune.watch.metrics import last_lines
@@ -129,6 +131,9 @@ def prepare(loaded: Loaded, output: Output, notes: Sequence[str] = (), *, fresh:
     stores = open_stores(loaded.datasets)
     problems: list[Problem] = []
     checkpoint = gather(problems, lambda: None if fresh else resumed(config, output))
+    loaded = gather(problems, lambda: shared_out(loaded, checkpoint)) or loaded
+    config = loaded.config
+    gather(problems, lambda: check_gpus(config))
     prompts = gather(problems, lambda: prompts_wanted(config))
     gather(problems, lambda: check_folders(loaded, stores))
     expected = gather(problems, lambda: facts_at_hand(config))
@@ -158,6 +163,21 @@ def resumed(config: Config, output: Output) -> Checkpoint | None:
     return checkpoint
 
 
+def shared_out(loaded: Loaded, checkpoint: Checkpoint | None) -> Loaded:
+    """The settings, less what a checkpoint of another number of processes decides. UserError when it does not fit."""
+    return loaded if checkpoint is None else kept_batch(loaded, Output(checkpoint.path.parent).read_json("plan.json"))
+
+
+def check_gpus(config: Config) -> None:
+    """Raise UserError when this machine shows fewer GPUs than it is to have processes, one each."""
+    wanted = config.launch
+    here = wanted.processes // (wanted.num_machines or 1)
+    if here < 2 or config.train.device == "cpu" or not (found := gpus()) or len(found) >= here:
+        return
+    what = f"{here} processes on this machine need as many GPUs; it shows {len(found)}"
+    raise UserError(Problem("num_processes", what, "lower it, or see CUDA_VISIBLE_DEVICES and nvidia-smi"))
+
+
 def identity_of(config: Config) -> dict[str, str]:
     """What a run is: a checkpoint of a run that was something else is refused.
 
@@ -181,6 +201,10 @@ def weights_of(
     checkpoint: Checkpoint | None,
 ) -> Weights:
     """The dtype of the trained weights, and why. folder: None for a model that is not on this machine yet."""
+    launch = loaded.config.launch
+    if launch.processes > 1 and loaded.config.model.weights_dtype == "auto":
+        if is_sharded(launch.accelerate_config, split(launch.accelerate_extra_args or "")):
+            return Weights("fp32", "FSDP2 splits them over the processes")
     held = checkpoint.header().get("run", {}).get("weights_dtype") if checkpoint else None
     return decide_weights(
         priced(loaded.config, buckets),
@@ -383,6 +407,7 @@ def run_plan(
         ),
         precision=precision,
         weights=weights,
+        ranks=config.launch.processes,
         datasets=dataset_plans(loaded),
         timeline=timeline_for(loaded, buckets),
         learns_from_base=learns_from_base(config, buckets),

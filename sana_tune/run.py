@@ -276,7 +276,7 @@ def order_of(prepared: Prepared) -> Order:
         config.data.data_backend_sampling,
         config.train.seed,
         windows(prepared.loaded),
-        config.train.gradient_accumulation_steps,
+        config.train.gradient_accumulation_steps * config.launch.processes,
     )
 
 

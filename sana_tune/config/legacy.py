@@ -40,8 +40,6 @@ LATER_TRAINING: dict[str, tuple[Any, ...]] = {
     "init_lora_step": (),
     "layer_freeze_strategy": (),
     "mixflow_enabled": (),
-    "num_machines": (1, "1"),
-    "num_processes": (1, "1"),
     "optimizer_cpu_offload_method": (),
     "optimizer_offload_gradients": (),
     "pretrained_gemma_model_name_or_path": (),
@@ -206,11 +204,13 @@ NO_EFFECT: dict[str, str] = {
     "validation_external_background": "it belongs to validation_external_script",
     "validation_image_quality": "pictures are PNG",
     "validation_method": "pictures are drawn here",
-    "validation_multigpu": "there is one process",
+    "validation_multigpu": "pictures are always shared out over the processes",
     "validation_stitch_input_location": "it belongs to validation_input",
 }
 
 REFUSED: dict[str, str] = {
+    "deepspeed_config": "there is no DeepSpeed here: FSDP2 shards weights, gradients and optimizer states alike; write "
+    "`distributed_type: FSDP` and `fsdp_version: 2` into accelerate's file (docs/multi-gpu.md)",
     "disable_after_epoch_step": "use end_step, which ends a dataset at a step; weights do not fade here",
     "delete_unwanted_images": "nothing is ever deleted from your folders; `sana_tune check --left-out` lists the files "
     "that are left out, one path a line",
