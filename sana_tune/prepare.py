@@ -6,6 +6,7 @@ pictures and their captions, the prompts, the model's files, the room on the dis
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -673,6 +674,16 @@ def write_down(prepared: Prepared) -> None:
     prepared.output.write_config(prepared.loaded)
     prepared.output.write_json("plan.json", prepared.plan.to_json())
     prepared.output.write_json("ledger.json", prepared.survey.ledger.to_json())
+
+
+def digest_of(prepared: Prepared) -> str:
+    """A short text that is the same for processes that found the same pictures and work out the same plan."""
+    plan, told = prepared.plan, hashlib.blake2b(digest_size=16)
+    for record in prepared.survey.records:
+        told.update(repr(record).encode())
+    numbers = (plan.first_step, plan.total_steps, plan.micro_batches_per_step, plan.ranks, plan.weights.dtype)
+    told.update(repr((numbers, plan.buckets, plan.levels, prepared.keys, sorted(prepared.prompts))).encode())
+    return told.hexdigest()
 
 
 def finished_already(prepared: Prepared) -> Progress | None:

@@ -5,15 +5,21 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sana_tune.errors import Problem, UserError
 
-# Set by `sana_tune train` for the processes that it launches: a folder in which each says how it ended.
+# Set by `sana_tune train` for the processes that it launches: a folder in which each says how it ended, and by whom it
+# was launched.
 TOLD_IN = "SANA_TUNE_LAUNCHED_IN"
+LAUNCHER = "SANA_TUNE_LAUNCHER_PID"
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,50 @@ def own_rank(environ: Mapping[str, str] | None = None) -> Rank | None:
     return Rank(rank, ranks, local)
 
 
+@dataclass(frozen=True)
+class Ending:
+    """How a process ended that `sana_tune train` launched.
+
+    code: as the command would have ended with it. problems: what it would have said. lost: it only lost the others.
+    """
+
+    rank: int
+    code: int
+    problems: tuple[Problem, ...] = ()
+    lost: bool = False
+
+    def write(self, folder: Path) -> None:
+        """Tell the launcher. What is written is there whole or not at all."""
+        aside = folder / f".{os.getpid()}"
+        aside.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        aside.rename(folder / f"{os.getpid()}.json")
+
+    @classmethod
+    def read(cls, path: Path) -> Ending:
+        """What `write` wrote."""
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**{**content, "problems": tuple(Problem(**problem) for problem in content["problems"])})
+
+
 def told_in(environ: Mapping[str, str] | None = None) -> Path | None:
     """The folder in which a process that `sana_tune train` launched says how it ended."""
     found = (os.environ if environ is None else environ).get(TOLD_IN)
     return Path(found) if found else None
+
+
+def live_with_launcher() -> None:
+    """Have this process asked to stop when its launcher dies, so that nobody is left behind. Linux alone knows how."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run listens: no traceback
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.environ.get(LAUNCHER) not in (None, str(os.getppid())):
+        os.kill(os.getpid(), signal.SIGTERM)  # it died before
+
+
+def endings(folder: Path) -> Sequence[tuple[int, Ending]]:
+    """Process id and ending of the processes that have ended by themselves, by rank."""
+    found = [(int(path.stem), Ending.read(path)) for path in folder.glob("*.json")]
+    return sorted(found, key=lambda each: each[1].rank)

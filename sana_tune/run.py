@@ -6,6 +6,7 @@ imported where it is used, so that a mistake is told in tenths of a second.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
@@ -24,6 +25,7 @@ from sana_tune.caching import (
     masks_of,
     open_caches,
     redraw_of,
+    together,
 )
 from sana_tune.config.load import Loaded
 from sana_tune.config.schema import Config, EmaConfig, LossConfig, ModelConfig, OptimizerConfig
@@ -36,6 +38,7 @@ from sana_tune.log import log
 from sana_tune.output import Output
 from sana_tune.prepare import (
     Prepared,
+    digest_of,
     drawing_sizes,
     finished_already,
     identity_of,
@@ -49,7 +52,9 @@ from sana_tune.prepare import (
     write_down_export,
 )
 from sana_tune.progress import Progress
+from sana_tune.ranks import Rank, own_rank
 from sana_tune.roles import is_regularised, learns_from_base, windows
+from sana_tune.train.crew import ALONE, Crew
 from sana_tune.train.signals import LeaveNow, Stop
 from sana_tune.watch.card import model_card
 from sana_tune.watch.events import Failed
@@ -76,7 +81,7 @@ def run(loaded: Loaded, *, notes: Sequence[str] = (), restart: bool = False, sin
 
     Raises UserError for mistakes and failures that were foreseen, Interrupted when a signal ended it.
     """
-    logs.setup()
+    logs.setup(logging.INFO if (own_rank() or Rank()).is_main else logging.ERROR)
     logs.quiet_libraries()
     stop = Stop()
     try:
@@ -88,36 +93,72 @@ def run(loaded: Loaded, *, notes: Sequence[str] = (), restart: bool = False, sin
 
 def _run(loaded: Loaded, notes: Sequence[str], restart: bool, sinks: Sequence[Sink], stop: Stop) -> Progress:
     output = Output.open(Path(loaded.config.train.output_dir))
-    handler = logs.add_file(output.log_file)
+    handler = logs.add_file(output.log_of((own_rank() or Rank()).rank))
     try:
-        prepared = prepare(loaded, output, notes, fresh=restart)
-        tell(prepared)
-        if (finished := finished_already(prepared)) is not None:
-            return finished
-        if restart:
-            output.set_aside()
-        before = output.read_json("plan.json") if prepared.checkpoint is not None else {}
-        write_down(prepared)
-        all_sinks = [screen(logs.console()), MetricsSink(output.metrics_file), *sinks]
-        with Watcher(all_sinks) as watcher:
-            try:
-                return work(prepared, before, watcher, stop)
-            except UserError as error:
-                watcher.emit(Failed("\n".join(str(problem) for problem in error.problems)))
-                raise
+        crew = meet(loaded)
+        try:
+            progress = _live(loaded, output, notes, restart, sinks, stop, crew)
+        except Interrupted:
+            crew.close()  # all have saved: a process that leaves before the others takes them with it
+            raise
+        crew.close()
+        return progress
     finally:
         logs.remove(handler)
 
 
-def work(prepared: Prepared, before: Mapping[str, Any], watcher: Watcher, stop: Stop) -> Progress:
+def _live(
+    loaded: Loaded, output: Output, notes: Sequence[str], restart: bool, sinks: Sequence[Sink], stop: Stop, crew: Crew
+) -> Progress:
+    prepared = crew.first_main("the look at the pictures", lambda: prepare(loaded, output, notes, fresh=restart))
+    crew.agree("plan", digest_of(prepared) if crew.ranks > 1 else "")
+    if crew.is_main:
+        tell(prepared)
+    else:
+        logs.setup(logging.WARNING, prefix=f"rank {crew.rank.rank}: ")
+    if (finished := finished_already(prepared)) is not None:
+        return finished
+    if restart and crew.is_main:
+        output.set_aside()
+    before = output.read_json("plan.json") if prepared.checkpoint is not None else {}
+    if crew.is_main:
+        write_down(prepared)
+    all_sinks = [screen(logs.console()), MetricsSink(output.metrics_file), *sinks] if crew.is_main else []
+    with Watcher(all_sinks) as watcher:
+        try:
+            with crew.told_of_losses():
+                return work(prepared, before, watcher, stop, crew)
+        except UserError as error:
+            watcher.emit(Failed("\n".join(str(problem) for problem in error.problems)))
+            raise
+
+
+def meet(loaded: Loaded) -> Crew:
+    """The processes of this run; where a launcher started several, they are connected now."""
+    rank, wanted = own_rank() or Rank(), loaded.config.launch.processes
+    if rank.ranks != wanted:
+        what = f"the run is to have {wanted} processes; found {rank.ranks}"
+        raise UserError(Problem("num_processes", what, "start it with `sana_tune train`, which launches them"))
+    if rank.ranks == 1:
+        return ALONE
+    from sana_tune.train.device import make_accelerator
+
+    make_accelerator(loaded.config.train.device, precision(loaded))
+    return Crew.connected(rank)
+
+
+def work(
+    prepared: Prepared, before: Mapping[str, Any], watcher: Watcher, stop: Stop, crew: Crew = ALONE
+) -> Progress:
     """Everything heavy: encode what the caches lack, then train. before: the plan.json of the run that is resumed."""
     from sana_tune.train.device import make_accelerator
 
     accelerator = make_accelerator(prepared.config.train.device, precision(prepared.loaded))
-    caches = open_caches(prepared)
-    prepared = filled(prepared, caches, accelerator.device, watcher)
-    tell_changes(before, prepared)
-    return train(prepared, caches, accelerator, watcher, stop)
+    caches = crew.first_main("the look at the caches", lambda: open_caches(prepared))
+    prepared = filled(prepared, caches, accelerator.device, watcher, crew)
+    if crew.is_main:
+        tell_changes(before, prepared)
+    return train(prepared, caches, accelerator, watcher, stop, crew)
 
 
 def warm(loaded: Loaded, *, notes: Sequence[str] = (), sinks: Sequence[Sink] = ()) -> None:
@@ -154,21 +195,32 @@ def _warm(loaded: Loaded, notes: Sequence[str], sinks: Sequence[Sink]) -> None:
         logs.remove(handler)
 
 
-def filled(prepared: Prepared, caches: Caches, device: torch.device, watcher: Watcher) -> Prepared:
+def filled(
+    prepared: Prepared, caches: Caches, device: torch.device, watcher: Watcher, crew: Crew = ALONE
+) -> Prepared:
     """Encode what the caches lack before the first step. The run less the pictures that could not be encoded."""
-    broken = fill(prepared, caches, device, watcher)
-    return without(prepared, broken) if broken else prepared
+    broken = fill(prepared, caches, device, watcher, crew=crew)
+    return without(prepared, broken, crew) if broken else prepared
 
 
 def fill(
-    prepared: Prepared, caches: Caches, device: torch.device, watcher: Watcher, *, also: Collection[str] = ()
+    prepared: Prepared,
+    caches: Caches,
+    device: torch.device,
+    watcher: Watcher,
+    *,
+    also: Collection[str] = (),
+    crew: Crew = ALONE,
 ) -> dict[str, str]:
-    """Encode what the caches lack. also: ids of caches that would be filled on demand. Answers the pictures that
-    cannot be encoded: `Record.id` → reason."""
-    encode_texts(prepared, caches, device, watcher, also=also)
+    """Encode what the caches lack, each process its share. also: ids of caches that would be filled on demand. Answers
+    the pictures that cannot be encoded: `Record.id` → reason."""
+    encode_texts(prepared, caches, device, watcher, also=also, crew=crew)
+    together(crew, "the captions", caches, {})
     now = at_start(prepared, caches)
-    broken = encode_pictures(now, caches, device, watcher, also=also)
-    return broken | encode_masks(now, caches, broken, watcher)
+    broken = encode_pictures(now, caches, device, watcher, also=also, crew=crew)
+    broken = together(crew, "the latents", caches, broken)
+    masks = encode_masks(now, caches, broken, watcher, crew)
+    return broken | together(crew, "the masks", caches, masks)
 
 
 def at_start(prepared: Prepared, caches: Caches) -> Prepared:
@@ -180,12 +232,12 @@ def at_start(prepared: Prepared, caches: Caches) -> Prepared:
     return replace(prepared, survey=replace(prepared.survey, records=tuple(redraw.records(epoch))))
 
 
-def without_broken(prepared: Prepared, broken: Mapping[str, str]) -> Survey:
+def without_broken(prepared: Prepared, broken: Mapping[str, str], crew: Crew = ALONE) -> Survey:
     """The survey less the pictures that could not be encoded, which are told. UserError when a run cannot be without.
 
     The ledger is written then.
     """
-    for name, reason in list(broken.items())[:10]:
+    for name, reason in list(broken.items())[: 10 * crew.is_main]:
         log.warning("left out: %s (%s)", name, reason)
     left = prepared.survey.without(broken)
     if not left.records:
@@ -198,9 +250,9 @@ def without_broken(prepared: Prepared, broken: Mapping[str, str]) -> Survey:
     return left
 
 
-def without(prepared: Prepared, broken: Mapping[str, str]) -> Prepared:
+def without(prepared: Prepared, broken: Mapping[str, str], crew: Crew = ALONE) -> Prepared:
     """The run less the pictures that could not be encoded, told and planned again."""
-    left = without_broken(prepared, broken)
+    left = without_broken(prepared, broken, crew)
     again = plan_of(
         prepared.loaded,
         prepared.output,
@@ -213,29 +265,33 @@ def without(prepared: Prepared, broken: Mapping[str, str]) -> Prepared:
         prepared.device,
         prepared.stores,
     )
-    write_down(again)
-    log.warning("%d pictures were left out (ledger.json); the run has %d steps", len(broken), again.plan.total_steps)
+    if crew.is_main:
+        write_down(again)
+        text = "%d pictures were left out (ledger.json); the run has %d steps"
+        log.warning(text, len(broken), again.plan.total_steps)
     return again
 
 
-def train(prepared: Prepared, caches: Caches, accelerator: Accelerator, watcher: Watcher, stop: Stop) -> Progress:
+def train(
+    prepared: Prepared, caches: Caches, accelerator: Accelerator, watcher: Watcher, stop: Stop, crew: Crew = ALONE
+) -> Progress:
     """Build the parts and run the loop."""
     from sana_tune.train.checkpoint import Checkpoints
     from sana_tune.train.loop import fit
 
     config = prepared.config
     parts = build_parts(prepared, accelerator)
-    with closing(Supply(prepared, caches, redraw_of(prepared), accelerator.device, watcher)) as supply:
+    with closing(Supply(prepared, caches, redraw_of(prepared), accelerator.device, watcher, crew)) as supply:
         return fit(
             prepared.plan,
             parts,
-            supply.steps(batches_of(prepared, caches, supply.reading, supply.records)),
-            validator_of(prepared, supply.reading.text, parts, stop),
+            supply.steps(batches_of(prepared, caches, supply.reading, supply.records, crew.rank)),
+            validator_of(prepared, supply.reading.text, parts, stop, crew),
             Checkpoints(prepared.output.root, config.train.checkpoints_total_limit, identity_of(config)),
             watcher,
             stop,
             resume=prepared.checkpoint,
-            export=lambda progress: export(prepared, parts, progress),
+            export=lambda progress: exported(prepared, parts, progress, crew),
             max_bad_steps=config.train.max_bad_steps,
         )
 
@@ -245,8 +301,10 @@ def batches_of(
     caches: Caches,
     reading: Caches | Reading,
     records: Callable[[int], Sequence[Record]] | None = None,
+    rank: Rank | None = None,
 ) -> Batches:
-    """The run's batches, step by step. records: what each epoch shows, where that is not always the same."""
+    """The run's batches, step by step. records: what each epoch shows, where that is not always the same. rank: of the
+    process whose part of each step it is; None = the whole step, its micro-batches one after another."""
     from sana_tune.data.loader import Batches
 
     config, loaded = prepared.config, prepared.loaded
@@ -261,7 +319,9 @@ def batches_of(
         caption_dropout=config.data.caption_dropout_probability,
         masks=masks_of(prepared, caches) if loaded.masks else None,
         segmentation_share=config.train.masked_loss_probability,
-        accumulation=config.train.gradient_accumulation_steps,
+        rank=rank.rank if rank else 0,
+        ranks=rank.ranks if rank else 1,
+        accumulation=config.train.gradient_accumulation_steps * (1 if rank else config.launch.processes),
     )
 
 
@@ -285,6 +345,7 @@ def build_parts(prepared: Prepared, accelerator: Accelerator) -> Parts:
     from sana_tune.model.flow import Perturbation
     from sana_tune.model.shift import shift_for
     from sana_tune.train.ema import NoEma
+    from sana_tune.train.sharding import replicated
     from sana_tune.train.step import Parts
 
     config, facts, wanted = prepared.config, prepared.facts, prepared.config.optimizer
@@ -295,7 +356,7 @@ def build_parts(prepared: Prepared, accelerator: Accelerator) -> Parts:
     ema: Ema | NoEma = average_of(config.ema, transformer) if config.ema.use_ema else NoEma()
     return Parts(
         accelerator=accelerator,
-        transformer=transformer,
+        transformer=replicated(transformer, accelerator),
         optimizer=optimizer,
         schedule=prepared.plan.schedule,
         ema=ema,
@@ -454,7 +515,9 @@ def base_model(prepared: Prepared, device: torch.device) -> Any:
     return freeze(base, dtype, autocast=autocast_dtype(prepared.loaded, weights)).to(device)
 
 
-def validator_of(prepared: Prepared, text: Tensors, parts: Parts, stop: Stop) -> Validator | NoValidator:
+def validator_of(
+    prepared: Prepared, text: Tensors, parts: Parts, stop: Stop, crew: Crew = ALONE
+) -> Validator | NoValidator:
     """The validator of the run. Its VAE is loaded when pictures are drawn and let go of afterwards."""
     from sana_tune.data.images import encode_png
     from sana_tune.model.generate import Painter
@@ -489,7 +552,16 @@ def validator_of(prepared: Prepared, text: Tensors, parts: Parts, stop: Stop) ->
         base=not settings.disable_benchmark,
         stopped=lambda: stop.requested,
         release=painter.release,
+        crew=crew,
     )
+
+
+def exported(prepared: Prepared, parts: Parts, progress: Progress, crew: Crew) -> str:
+    """Have the main process write the finished pipeline, and wait for it. Answers its folder."""
+    if crew.is_main:
+        export(prepared, parts, progress)
+    crew.gather("the finished pipeline")
+    return str(prepared.output.pipeline)
 
 
 def export(prepared: Prepared, parts: Parts, progress: Progress) -> str:

@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("caching",),
     ("inventory",),
     ("run",),
+    ("launch",),
     ("bench",),
     ("cli",),
     ("__main__",),

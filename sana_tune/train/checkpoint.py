@@ -54,9 +54,11 @@ class Checkpoints:
         """
         if parts.accelerator.is_main_process:
             folders.clean(self.output_dir)
+            if checkpoint is not None:
+                folders.verify(checkpoint)
+        parts.accelerator.wait_for_everyone()
         if checkpoint is None:
             return Progress()
-        folders.verify(checkpoint)
         folders.check_identity(checkpoint, self.identity)
         _load_weights(checkpoint.path / "transformer" / WEIGHTS, parts.bare.state_dict())
         _load_ema(parts, checkpoint)

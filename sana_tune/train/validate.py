@@ -16,6 +16,7 @@ from sana_tune.errors import UserError
 from sana_tune.log import log
 from sana_tune.progress import Progress
 from sana_tune.store import write_atomically
+from sana_tune.train.crew import ALONE, Crew
 from sana_tune.train.step import Parts
 from sana_tune.watch.events import Validated
 
@@ -75,6 +76,7 @@ class Validator:
     base:    whether `start` draws the untrained model's pictures.
     stopped: asked before each picture; true ends the drawing early.
     release: lets go of what drawing holds (the VAE) after each run.
+    crew:    the processes that share the pictures. writes: whether this one writes those it draws.
     """
 
     def __init__(
@@ -91,7 +93,10 @@ class Validator:
         extension: str = "png",
         stopped: Callable[[], bool] = lambda: False,
         release: Callable[[], None] = lambda: None,
+        crew: Crew = ALONE,
+        writes: bool = True,
     ):
+        self._crew, self._writes = crew, writes
         self.folder = folder
         self._draw, self._encode, self._stopped, self._release = draw, encode, stopped, release
         self._base, self._extension = base, extension
@@ -123,13 +128,15 @@ class Validator:
             views = parts.ema.views() if progress.step else [("", nullcontext())]
             for suffix, weights in views:
                 with weights:
-                    for picture in self.pictures:
+                    for picture in self._crew.share(self.pictures):
                         if self._stopped():
                             break
                         self._one(picture, self.path(picture, progress, suffix), files, failed)
         finally:
             self._release()
         self._drawn_step = progress.step
+        parts_drawn = self._crew.gather(f"the pictures of step {progress.step}", [files, failed])
+        files, failed = ([name for part in parts_drawn for name in part[kind]] for kind in (0, 1))
         return Validated(progress, tuple(files), tuple(failed), time.perf_counter() - started)
 
     def path(self, picture: Picture, progress: Progress, suffix: str = "") -> Path:
@@ -140,7 +147,9 @@ class Validator:
 
     def _one(self, picture: Picture, path: Path, files: list[str], failed: list[str]) -> None:
         try:
-            write_atomically(path, self._encode(self._draw(picture)))
+            pixels = self._draw(picture)
+            if self._writes:
+                write_atomically(path, self._encode(pixels))
         except _FAILURES as error:
             log.debug("drawing %s failed", path.name, exc_info=error)
             failed.append(f"{path.name}: {type(error).__name__}: {first_line(error)}")
