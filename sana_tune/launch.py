@@ -133,6 +133,7 @@ class Crowd:
             for name in ("torch.distributed.elastic", "torch.distributed.run", "torch.distributed.launcher"):
                 logging.getLogger(name).setLevel(logging.CRITICAL)
             os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(GRACE_S)))
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
             os.environ[TOLD_IN], os.environ[LAUNCHER] = str(self._folder), str(os.getpid())
             with redirect_stderr(said):
                 asked = launch_command_parser().parse_args(launcher_words(loaded, self._folder, words))
@@ -152,34 +153,28 @@ class Crowd:
         """Hand signals on, and end those that hang when one of them is gone."""
         import psutil
 
-        own, handed, seen = psutil.Process(), 0, dict[int, float]()
+        own, handed = psutil.Process(), dict[int, int]()  # process → how many signals it was sent
         kill_at_s: float | None = None
         while thread.is_alive():
             thread.join(_LOOKING_EVERY_S)
             here = {child.pid for child in own.children() if child.status() != psutil.STATUS_ZOMBIE}
-            now = time.monotonic()
-            seen |= dict.fromkeys(here, now)
-            if handed < len(self.asked):
-                self._send(here, signal.SIGKILL if handed > 1 else self.asked[handed])
-                handed += 1
-                kill_at_s = now + AT_ONCE_S if handed > 1 else kill_at_s
-            if kill_at_s is None and self._is_one_gone(seen.keys() - here):
-                kill_at_s = now + GRACE_S
-            if kill_at_s is not None and now > kill_at_s:
-                self._send(here, signal.SIGKILL)
+            now, asked = time.monotonic(), list(self.asked)
+            for pid in here:
+                # one that began after a signal does not listen yet: it is to end, without a traceback
+                numbers = asked[handed[pid] :] if pid in handed else [signal.SIGTERM] * bool(asked)
+                for number in numbers:
+                    _send(pid, number)
+                handed[pid] = len(asked)
+            if kill_at_s is None and (len(asked) > 1 or self._is_one_gone(handed.keys() - here)):
+                kill_at_s = now + (AT_ONCE_S if len(asked) > 1 else GRACE_S)
+            if len(asked) > 2 or (kill_at_s is not None and now > kill_at_s):
+                for pid in here:
+                    _send(pid, signal.SIGKILL)
 
     def _is_one_gone(self, gone: set[int]) -> bool:
         """Whether any of these processes has ended otherwise than well."""
         ended = dict(endings(self._folder)) if gone else {}
         return any(pid not in ended or ended[pid].code for pid in gone)
-
-    @staticmethod
-    def _send(pids: set[int], number: int) -> None:
-        for pid in pids:
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                pass
 
     def conclude(self) -> None:
         """Say how it ended: nothing when all went well."""
@@ -220,6 +215,13 @@ class Crowd:
             silent = {rank: each for rank, each in failures.items() if rank not in spoken} or failures
             return [_death(rank, each.pid, each.exitcode, again) for rank, each in sorted(silent.items())]
         return []
+
+
+def _send(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass  # it has just ended
 
 
 def _death(rank: int, pid: int, code: int, again: str) -> Problem:

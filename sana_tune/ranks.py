@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from sana_tune.errors import Problem, UserError
 # was launched.
 TOLD_IN = "SANA_TUNE_LAUNCHED_IN"
 LAUNCHER = "SANA_TUNE_LAUNCHER_PID"
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_LOOKING_EVERY_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -88,15 +89,19 @@ def told_in(environ: Mapping[str, str] | None = None) -> Path | None:
 
 
 def live_with_launcher() -> None:
-    """Have this process asked to stop when its launcher dies, so that nobody is left behind. Linux alone knows how."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run listens: no traceback
-    if not sys.platform.startswith("linux"):
-        return
-    import ctypes
+    """Have this process asked to stop when its launcher dies, so that nobody is left behind.
 
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.environ.get(LAUNCHER) not in (None, str(os.getppid())):
-        os.kill(os.getpid(), signal.SIGTERM)  # it died before
+    A thread looks. Linux can send a signal by itself, but sends one for each thread of the launcher that dies.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run listens: no traceback
+    if launcher := os.environ.get(LAUNCHER):
+        threading.Thread(target=_stop_without, args=(int(launcher),), name="launcher", daemon=True).start()
+
+
+def _stop_without(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(_LOOKING_EVERY_S)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def endings(folder: Path) -> Sequence[tuple[int, Ending]]:

@@ -136,16 +136,20 @@ class Crew:
         """Part from the others once all are through."""
         if self._store is None:
             return
-        self.gather("the end")
-        if self.is_main:  # it may hold the store, so it leaves last
-            self._await("the end", [f"left/{rank}" for rank in range(1, self.ranks)])
-        else:
-            self._store.set(f"left/{self.rank.rank}", "")
-        self._store = None
         import torch
 
-        if torch.distributed.is_initialized():
+        try:
+            self.gather("the end")
+            if self.is_main:  # it may hold the store, so it leaves last
+                self._await("the end", [f"left/{rank}" for rank in range(1, self.ranks)])
+            else:
+                self._store.set(f"left/{self.rank.rank}", "")
             torch.distributed.destroy_process_group()
+        except RuntimeError as error:  # the store is gone with the launcher that held it: there is nobody to wait for
+            if not is_lost_connection(error):
+                raise
+            log.debug("the others are gone", exc_info=error)
+        self._store = None
 
     @staticmethod
     def _key(turn: int, rank: int) -> str:
