@@ -213,7 +213,10 @@ class Crowd:
                 return [Problem("launching the processes", what, "see accelerate_config and accelerate_extra_args")]
             spoken = {ending.rank for ending in self._endings}
             silent = {rank: each for rank, each in failures.items() if rank not in spoken} or failures
-            return [_death(rank, each.pid, each.exitcode, again) for rank, each in sorted(silent.items())]
+            # one that the launcher ended for another's sake is no cause
+            causes = {rank: each for rank, each in silent.items() if each.exitcode != -signal.SIGTERM} or silent
+            rank, cause = min(causes.items())
+            return [_death(rank, cause.pid, cause.exitcode, again)]
         return []
 
 

@@ -63,6 +63,7 @@ from sana_tune.watch.sinks import MetricsSink, Sink, Watcher, screen
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from torch import Tensor
     from accelerate import Accelerator
 
     from sana_tune.data.cache import Tensors
@@ -461,6 +462,7 @@ def transformer_and_optimizer(prepared: Prepared, device: torch.device) -> tuple
     from sana_tune.model.attention import install
     from sana_tune.model.half import keep_captions_fp32
     from sana_tune.model.sana import load_transformer
+    from sana_tune.train.sharding import shard, wants_shards
 
     config = prepared.config
     place = "cpu" if weights_dtype(config) == "bf16" else device
@@ -468,6 +470,8 @@ def transformer_and_optimizer(prepared: Prepared, device: torch.device) -> tuple
     install(transformer)
     if precision(prepared.loaded) == "fp16":
         keep_captions_fp32(transformer)
+    if wants_shards() and config.launch.processes > 1:
+        shard(transformer, device, config.launch.processes)
     return transformer, optimizer_of(config, transformer, device, bf16=weights_dtype(config) == "bf16")
 
 
@@ -521,11 +525,13 @@ def validator_of(
     """The validator of the run. Its VAE is loaded when pictures are drawn and let go of afterwards."""
     from sana_tune.data.images import encode_png
     from sana_tune.model.generate import Painter
+    from sana_tune.train.sharding import is_sharded
     from sana_tune.train.validate import NoValidator, Validator
 
     if not prepared.prompts:
         return NoValidator()
     settings, device = prepared.config.validation, parts.accelerator.device
+    split = is_sharded(parts.bare)  # then a picture is drawn by all processes, each step of it together
     autocast = autocast_dtype(prepared.loaded, prepared.plan.weights.dtype) if device.type != "cpu" else None
     painter = Painter(prepared.folder, device, autocast=autocast, variant=prepared.config.model.variant)
 
@@ -550,22 +556,28 @@ def validator_of(
         images_per_prompt=settings.num_validation_images,
         seed=drawing_seed(prepared.config),
         base=not settings.disable_benchmark,
-        stopped=lambda: stop.requested,
+        stopped=lambda: stop.requested and not split,
         release=painter.release,
-        crew=crew,
+        crew=ALONE if split else crew,
+        writes=crew.is_main or not split,
     )
 
 
 def exported(prepared: Prepared, parts: Parts, progress: Progress, crew: Crew) -> str:
     """Have the main process write the finished pipeline, and wait for it. Answers its folder."""
+    from sana_tune.train.sharding import gathered
+
+    weights, average = gathered(parts.bare.state_dict()), gathered(parts.ema.state_dict())
     if crew.is_main:
-        export(prepared, parts, progress)
+        export(prepared, parts, progress, weights, average)
     crew.gather("the finished pipeline")
     return str(prepared.output.pipeline)
 
 
-def export(prepared: Prepared, parts: Parts, progress: Progress) -> str:
-    """Write the finished pipeline. Answers its folder."""
+def export(
+    prepared: Prepared, parts: Parts, progress: Progress, weights: Mapping[str, Tensor], average: Mapping[str, Tensor]
+) -> str:
+    """Write the finished pipeline. Answers its folder. average: {} = there is none."""
     from sana_tune.model.export import export_pipeline
 
     config, facts = prepared.config, prepared.facts
@@ -586,7 +598,6 @@ def export(prepared: Prepared, parts: Parts, progress: Progress) -> str:
         "Flow shift": f"{prepared.plan.flow_shift:g}",
         "Datasets": ", ".join(f"{part.dataset} ({part.trained} pictures)" for part in prepared.survey.ledger.datasets),
     }
-    average = parts.ema.state_dict()
     out = prepared.output.pipeline
     card = model_card(
         model=facts.name,
@@ -596,7 +607,6 @@ def export(prepared: Prepared, parts: Parts, progress: Progress) -> str:
         training=training,
         has_ema=bool(average),
     )
-    weights = parts.bare.state_dict()
     export_pipeline(prepared.folder, weights, average or None, out, card, variant=config.model.variant)
     write_down_export(prepared.output, progress)
     return str(out)

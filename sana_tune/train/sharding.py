@@ -55,7 +55,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that is here: all of a plain one. Changing it in place changes the tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_norm(norm: Tensor, tensors: Sequence[Tensor]) -> Tensor:
