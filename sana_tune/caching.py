@@ -251,9 +251,7 @@ def mask_reads(prepared: Prepared) -> dict[str, Read]:
     return {name: lambda record, store=store: store.read(str(record.mask_key)) for name, store in stores.items()}
 
 
-def broken_among(
-    prepared: Prepared, records: Sequence[Record], watcher: Watcher, crew: Crew = ALONE
-) -> dict[str, str]:
+def broken_among(prepared: Prepared, records: Sequence[Record], watcher: Watcher, crew: Crew = ALONE) -> dict[str, str]:
     """The pictures that cannot be decoded; what is sound is remembered by its bytes."""
     if not records:
         return {}

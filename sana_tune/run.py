@@ -148,9 +148,7 @@ def meet(loaded: Loaded) -> Crew:
     return Crew.connected(rank)
 
 
-def work(
-    prepared: Prepared, before: Mapping[str, Any], watcher: Watcher, stop: Stop, crew: Crew = ALONE
-) -> Progress:
+def work(prepared: Prepared, before: Mapping[str, Any], watcher: Watcher, stop: Stop, crew: Crew = ALONE) -> Progress:
     """Everything heavy: encode what the caches lack, then train. before: the plan.json of the run that is resumed."""
     from sana_tune.train.device import make_accelerator
 
@@ -196,9 +194,7 @@ def _warm(loaded: Loaded, notes: Sequence[str], sinks: Sequence[Sink]) -> None:
         logs.remove(handler)
 
 
-def filled(
-    prepared: Prepared, caches: Caches, device: torch.device, watcher: Watcher, crew: Crew = ALONE
-) -> Prepared:
+def filled(prepared: Prepared, caches: Caches, device: torch.device, watcher: Watcher, crew: Crew = ALONE) -> Prepared:
     """Encode what the caches lack before the first step. The run less the pictures that could not be encoded."""
     broken = fill(prepared, caches, device, watcher, crew=crew)
     return without(prepared, broken, crew) if broken else prepared

@@ -14,6 +14,7 @@ from sana_tune.config.legacy import known_foreign_keys
 from sana_tune.config.load import Loaded, load
 from sana_tune.config.schema import section_of
 
+
 def load_asked(
     words: Sequence[str], config: str | None = None, env: str | None = None, example: str | None = None
 ) -> tuple[Loaded, tuple[str, ...]]:

@@ -57,9 +57,7 @@ def given_by_variables(environ: Mapping[str, str]) -> list[tuple[str, str, str]]
     return [(name, key, value) for name, key, value in found if value and not (key in _COUNTS and value == "0")]
 
 
-def lay_the_rest(
-    raw: dict[str, Any], origins: dict[str, str], environ: Mapping[str, str], findings: Findings
-) -> None:
+def lay_the_rest(raw: dict[str, Any], origins: dict[str, str], environ: Mapping[str, str], findings: Findings) -> None:
     """Lay accelerate's words, its file and the launcher's own numbers over and under the settings in `raw`."""
     if environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         findings.wrong("environment: ACCELERATE_USE_DEEPSPEED", "DeepSpeed cannot be used here", FSDP2)

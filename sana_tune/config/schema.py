@@ -278,7 +278,7 @@ class LaunchConfig(Section):
     accelerate_config: str | None = setting(
         None, "accelerate's config file; unset = the one of `accelerate config` where that asks for several processes"
     )
-    accelerate_extra_args: str | None = setting(None, "further words for `accelerate launch`, such as \"--gpu_ids 0,1\"")
+    accelerate_extra_args: str | None = setting(None, 'further words for `accelerate launch`, such as "--gpu_ids 0,1"')
 
     @property
     def processes(self) -> int:

@@ -128,7 +128,9 @@ class Crew:
             if self.ranks == 1 or not is_lost_connection(error):
                 raise
             log.debug("the connection was lost", exc_info=error)
-            what = "the connection to another process of the run is lost: it has ended, or its machine cannot be reached"
+            what = (
+                "the connection to another process of the run is lost: it has ended, or its machine cannot be reached"
+            )
             fix = "see what the other one said; started again, the run goes on from its newest checkpoint"
             raise LostRank(Problem(f"rank {self.rank.rank}", what, fix)) from error
 
