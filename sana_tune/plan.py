@@ -137,8 +137,9 @@ class Plan:
 
     With a schedule (`epochs_shown` not empty) epochs differ; micro_batches_per_epoch and steps_per_epoch are the
     first one's, and `epoch_after` knows all. held_out: buckets that no epoch shows.
-    ranks: processes, which share the micro-batches of a step. memory: None where nobody worked it out. pace: all that decides how long a step takes; step_s: seconds that a step
-    took here before at the same pace, None when that is not known.
+    ranks: processes, which share the micro-batches of a step. memory: None where nobody worked it out. pace: all that
+    decides how long a step takes; step_s: seconds that a step took here before at the same pace, None when that is not
+    known.
     """
 
     model: str

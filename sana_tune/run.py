@@ -63,8 +63,8 @@ from sana_tune.watch.sinks import MetricsSink, Sink, Watcher, screen
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from torch import Tensor
     from accelerate import Accelerator
+    from torch import Tensor
 
     from sana_tune.data.cache import Tensors
     from sana_tune.data.loader import Batches

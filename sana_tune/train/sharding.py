@@ -1,8 +1,8 @@
 """The trained model on several processes: whole on each (DDP), or every tensor split over all (FSDP2).
 
-FSDP2 is torch's `fully_shard`; it works with gloo on a CPU too. What is split is a DTensor, and all that is done with it
-here works for a plain tensor as well, so that nobody else asks which it is. What gathers is collective: all processes
-call it, in the same order.
+FSDP2 is torch's `fully_shard`; it works with gloo on a CPU too. What is split is a DTensor, and all that is done with
+it here works for a plain tensor as well, so that nobody else asks which it is. What gathers is collective: all
+processes call it, in the same order.
 """
 
 from __future__ import annotations
