@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from io import StringIO
@@ -91,7 +92,7 @@ class Crowd:
     asked: list[int] = field(default_factory=list)
     _folder: Path = field(default_factory=Path)
     _endings: list[Ending] = field(default_factory=list)
-    _error: list[BaseException] = field(default_factory=list)
+    _error: BaseException | None = None
     _is_launched: bool = False
 
     @contextmanager
@@ -117,46 +118,46 @@ class Crowd:
         self._folder = Path(tempfile.mkdtemp(prefix="sana_tune-ranks-"))
         self._is_launched = True
         try:
-            thread = threading.Thread(target=self._accelerate, args=(loaded, words), daemon=True)
-            thread.start()
-            self._watch(thread)
+            with ThreadPoolExecutor(1, thread_name_prefix="launcher") as thread:
+                launched = thread.submit(self._accelerate, loaded, words)
+                self._watch(launched)
+            self._error = launched.exception()
+            if self._error is not None:
+                log.debug("the launcher failed", exc_info=self._error)
             self._endings = [ending for _, ending in endings(self._folder)]
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _accelerate(self, loaded: Loaded, words: Sequence[str]) -> None:
-        """Have Accelerate launch the processes. Its words and torch's are not for the user: what failed is kept."""
+        """Have Accelerate launch the processes. What it and torch say of failures is not for the user."""
+        from accelerate.commands.launch import launch_command, launch_command_parser
+
+        for name in ("torch.distributed.elastic", "torch.distributed.run", "torch.distributed.launcher"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(GRACE_S)))
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        os.environ[TOLD_IN], os.environ[LAUNCHER] = str(self._folder), str(os.getpid())
         said = StringIO()
         try:
-            from accelerate.commands.launch import launch_command, launch_command_parser
-
-            for name in ("torch.distributed.elastic", "torch.distributed.run", "torch.distributed.launcher"):
-                logging.getLogger(name).setLevel(logging.CRITICAL)
-            os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(GRACE_S)))
-            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-            os.environ[TOLD_IN], os.environ[LAUNCHER] = str(self._folder), str(os.getpid())
             with redirect_stderr(said):
                 asked = launch_command_parser().parse_args(launcher_words(loaded, self._folder, words))
             launch_command(asked)
         except SystemExit:  # of the parser, which has said why
             reason = said.getvalue().strip().rpartition("error: ")[2]
             fix = "`accelerate launch --help` lists the words that it takes"
-            self._error.append(UserError(Problem("accelerate_extra_args", f"accelerate says: {reason}", fix)))
-        except BaseException as error:  # noqa: BLE001  told by `conclude`, in the thread that can raise it
-            self._error.append(error)
-            log.debug("the launcher failed", exc_info=error)
+            raise UserError(Problem("accelerate_extra_args", f"accelerate says: {reason}", fix)) from None
         finally:
             for name in (TOLD_IN, LAUNCHER):
                 os.environ.pop(name, None)
 
-    def _watch(self, thread: threading.Thread) -> None:
+    def _watch(self, launched: Future[None]) -> None:
         """Hand signals on, and end those that hang when one of them is gone."""
         import psutil
 
         own, handed = psutil.Process(), dict[int, int]()  # process → how many signals it was sent
         kill_at_s: float | None = None
-        while thread.is_alive():
-            thread.join(_LOOKING_EVERY_S)
+        while not launched.done():
+            wait([launched], _LOOKING_EVERY_S)
             here = {child.pid for child in own.children() if child.status() != psutil.STATUS_ZOMBIE}
             now, asked = time.monotonic(), list(self.asked)
             for pid in here:
@@ -178,8 +179,7 @@ class Crowd:
 
     def conclude(self) -> None:
         """Say how it ended: nothing when all went well."""
-        own = [each for each in self._error if isinstance(each, UserError)]
-        problems = [problem for error in own for problem in error.problems]
+        problems = list(self._error.problems) if isinstance(self._error, UserError) else []
         told = [ending for ending in self._endings if ending.problems and not ending.lost]
         problems += self._problems(told)
         if not problems and self.asked:
@@ -206,18 +206,18 @@ class Crowd:
     def _deaths(self) -> list[Problem]:
         """What can be said of processes that ended without a word."""
         again = "started again, the run goes on from its newest checkpoint"
-        for error in self._error:
-            failures: dict[int, Any] = vars(error).get("failures", {})
-            if not failures:
-                what = f"{type(error).__name__}: {str(error).strip()}"
-                return [Problem("launching the processes", what, "see accelerate_config and accelerate_extra_args")]
-            spoken = {ending.rank for ending in self._endings}
-            silent = {rank: each for rank, each in failures.items() if rank not in spoken} or failures
-            # one that the launcher ended for another's sake is no cause
-            causes = {rank: each for rank, each in silent.items() if each.exitcode != -signal.SIGTERM} or silent
-            rank, cause = min(causes.items())
-            return [_death(rank, cause.pid, cause.exitcode, again)]
-        return []
+        if self._error is None:
+            return []
+        failures: dict[int, Any] = vars(self._error).get("failures", {})
+        if not failures:
+            what = f"{type(self._error).__name__}: {str(self._error).strip()}"
+            return [Problem("launching the processes", what, "see accelerate_config and accelerate_extra_args")]
+        spoken = {ending.rank for ending in self._endings}
+        silent = {rank: each for rank, each in failures.items() if rank not in spoken} or failures
+        # one that the launcher ended for another's sake is no cause
+        causes = {rank: each for rank, each in silent.items() if each.exitcode != -signal.SIGTERM} or silent
+        rank, cause = min(causes.items())
+        return [_death(rank, cause.pid, cause.exitcode, again)]
 
 
 def _send(pid: int, number: int) -> None:

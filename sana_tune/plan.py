@@ -326,18 +326,15 @@ def make_plan(
         flow_shift=base_shift(config, facts),
         notes=tuple(dict.fromkeys((*notes, *_notes(config, facts)))),
         memory=memory,
-        pace={
-            **pace_of(config, facts, buckets, per_step, memory, precision, learns_from_base=learns_from_base),
-            **({"ranks": ranks} if ranks > 1 else {}),
-        },
+        pace=pace_of(config, facts, buckets, per_step, memory, precision, learns_from_base=learns_from_base),
         levels=levels_of(config),
         schedule=schedule_of(config, steps, _mean_batch(buckets) * per_step),
         weights=weights or Weights("bf16" if config.model.weights_dtype == "bf16" else "fp32", ""),
         datasets=tuple(datasets),
         held_out=tuple(plan for plan in plans if plan.role == Role.EVAL.value),
         epochs_shown=_epochs_shown(buckets, timeline, steps, per_step),
-        ranks=ranks,
         timeline=timeline,
+        ranks=ranks,
     )
 
 
@@ -411,6 +408,7 @@ def pace_of(
         "micro_batches_per_step": per_step,
         "micro_batches": [[*size, count] for size, count in sorted(shares.items())],
         **({"learns_from_base": True} if learns_from_base else {}),
+        **({"ranks": config.launch.processes} if config.launch.processes > 1 else {}),
     }
 
 

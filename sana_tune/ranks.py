@@ -82,6 +82,11 @@ class Ending:
         return cls(**{**content, "problems": tuple(Problem(**problem) for problem in content["problems"])})
 
 
+def wants_shards(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether accelerate's launcher said that the model is to be split over the processes (its file, or --use_fsdp)."""
+    return (os.environ if environ is None else environ).get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
 def told_in(environ: Mapping[str, str] | None = None) -> Path | None:
     """The folder in which a process that `sana_tune train` launched says how it ended."""
     found = (os.environ if environ is None else environ).get(TOLD_IN)

@@ -52,7 +52,7 @@ from sana_tune.prepare import (
     write_down_export,
 )
 from sana_tune.progress import Progress
-from sana_tune.ranks import Rank, own_rank
+from sana_tune.ranks import Rank, own_rank, wants_shards
 from sana_tune.roles import is_regularised, learns_from_base, windows
 from sana_tune.train.crew import ALONE, Crew
 from sana_tune.train.signals import LeaveNow, Stop
@@ -458,7 +458,7 @@ def transformer_and_optimizer(prepared: Prepared, device: torch.device) -> tuple
     from sana_tune.model.attention import install
     from sana_tune.model.half import keep_captions_fp32
     from sana_tune.model.sana import load_transformer
-    from sana_tune.train.sharding import shard, wants_shards
+    from sana_tune.train.sharding import shard
 
     config = prepared.config
     place = "cpu" if weights_dtype(config) == "bf16" else device

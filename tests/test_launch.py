@@ -62,7 +62,7 @@ def crowd(*endings: Ending, asked: tuple[int, ...] = (), codes: dict[int, int] |
     if codes:
         error = RuntimeError("failed")
         vars(error)["failures"] = {rank: SimpleNamespace(pid=100 + rank, exitcode=code) for rank, code in codes.items()}
-        found._error = [error]
+        found._error = error
     return found
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sana_tune.errors import Problem, UserError
-from sana_tune.ranks import LAUNCHER, TOLD_IN, Ending, Rank, endings, own_rank, told_in
+from sana_tune.ranks import LAUNCHER, TOLD_IN, Ending, Rank, endings, own_rank, told_in, wants_shards
 from tests.conftest import ROOT
 
 LAUNCHED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
@@ -21,6 +21,7 @@ LAUNCHED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
 def test_a_process_knows_its_place_when_a_launcher_says_it():
     assert own_rank(LAUNCHED) == Rank(3, 4, 1) and not Rank(3, 4, 1).is_main
     assert own_rank({}) is None and Rank().is_main
+    assert wants_shards({"ACCELERATE_USE_FSDP": "true"}) and not wants_shards({})
     assert own_rank({**LAUNCHED, "LOCAL_RANK": ""}) is None, "a scheduler counts machines so"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from sana_tune.config.findings import Findings
 from sana_tune.config.formats import read
 from sana_tune.errors import Problem, UserError, gather
-from sana_tune.ranks import own_rank
+from sana_tune.ranks import own_rank, wants_shards
 
 # Variable → the setting that it is, over config.json.
 VARIABLES = {
@@ -115,8 +115,14 @@ def _lay_file(raw: dict[str, Any], origins: dict[str, str], environ: Mapping[str
     findings.problems += file_problems(path, content)
     raw.setdefault("accelerate_config", str(path))
     origins.setdefault("accelerate_config", "accelerate's own file")
-    for key in (*SHARED, "mixed_precision"):
-        value = content.get(key)
+    compiler = content.get("dynamo_config")
+    said = {
+        **content,
+        "device": "cpu" if content.get("use_cpu") is True else None,
+        "dynamo_backend": str(compiler.get("dynamo_backend", "no")).lower() if isinstance(compiler, dict) else None,
+    }
+    for key in (*SHARED, "mixed_precision", "device", "dynamo_backend"):
+        value = said.get(key)
         if key not in raw and value is not None:
             raw[key], origins[key] = value, f"{path}: {key}"
     findings.notes.append(f"accelerate's file {path} is used to launch the processes")
@@ -145,6 +151,9 @@ def file_problems(path: Path, content: Mapping[str, Any]) -> list[Problem]:
     if str(content.get("compute_environment", "LOCAL_MACHINE")) != "LOCAL_MACHINE":
         found = content["compute_environment"]
         return [Problem(f"{path}: compute_environment", f"must be LOCAL_MACHINE; found {found}", "start it there")]
+    if kind == "FSDP" and str(fsdp_settings(content).get("fsdp_offload_params", False)).lower() == "true":
+        where = f"{path}: fsdp_config: fsdp_offload_params"
+        return [Problem(where, "parameters are not moved to main memory here; found true", "remove it")]
     if kind == "FSDP" and str(fsdp_settings(content).get("fsdp_version", 1)) != "2":
         what = f"must be 2; found {fsdp_settings(content).get('fsdp_version', '1, the default')}"
         fix = "write `fsdp_version: 2`; `accelerate to-fsdp2` converts a file"
@@ -159,8 +168,8 @@ def fsdp_settings(content: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def is_sharded(path: str | None, words: Sequence[str] = ()) -> bool:
-    """Whether accelerate's file or words ask for FSDP."""
-    if "--use_fsdp" in words:
+    """Whether accelerate's file or words ask for FSDP, or its launcher said so."""
+    if "--use_fsdp" in words or wants_shards():
         return True
     return path is not None and str(read_accelerate(Path(path).expanduser()).get("distributed_type")).upper() == "FSDP"
 
@@ -173,6 +182,8 @@ def _lay_launched(raw: dict[str, Any], origins: dict[str, str], environ: Mapping
             where = origins["num_processes"]
             findings.notes.append(f"{where} ({asked}) is passed over: the launcher started {rank.ranks} processes")
         raw["num_processes"], origins["num_processes"] = rank.ranks, "environment: WORLD_SIZE"
+        if wants_shards(environ) and environ.get("FSDP_VERSION", "1") != "2":
+            raise UserError(Problem("environment: FSDP_VERSION", "must be 2 with ACCELERATE_USE_FSDP", FSDP2))
     elif environ.get("MASTER_PORT") and environ.get("ACCELERATE_MIXED_PRECISION"):
         what = "`accelerate launch` was asked for several processes and started this one alone, as it does with --cpu"
         fix = "start `sana_tune train --num_processes N` itself, which launches the others; with --device cpu too"

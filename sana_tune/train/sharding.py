@@ -22,11 +22,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def wants_shards(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether accelerate's launcher said that the model is to be split (its file, or --use_fsdp)."""
-    return (os.environ if environ is None else environ).get("ACCELERATE_USE_FSDP", "").lower() == "true"
-
-
 def replicated(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """The model, kept equal on all processes by averaging gradients; itself where there is one process.
 
