@@ -295,14 +295,13 @@ def make_plan(
 ) -> Plan:
     """Work out the whole run.
 
-    datasets: what each is for. timeline: of datasets that start and end; None when all are always shown.
-    learns_from_base: whether the untrained model is asked too (regularisation_target base).
-    first_step: where a resumed run stands (0 for a fresh one). other_model_bytes: VAE and text encoder on disk,
-    which the exported pipeline holds a copy of. precision: as the run computes, where that is not mixed_precision.
+    datasets: what each is for. timeline: of datasets that start and end; None when all are always shown. ranks:
+    processes. learns_from_base: whether the untrained model is asked too. first_step: where a resumed run stands (0 for
+    a fresh one). other_model_bytes: VAE and text encoder on disk, which the exported pipeline holds a copy of.
+    precision: as the run computes, where that is not mixed_precision.
     """
     all_buckets, buckets = buckets, trained(buckets)
-    all_micro_batches = sum(bucket.micro_batches for bucket in buckets)
-    per_epoch = all_micro_batches if timeline is None else timeline.stretches[0].epoch_length
+    per_epoch = sum(b.micro_batches for b in buckets) if timeline is None else timeline.stretches[0].epoch_length
     per_step = config.train.gradient_accumulation_steps * ranks
     steps = total_steps(config, per_epoch, per_step, timeline)
     plans = [_bucket_plan(bucket, flow_shift_of(config, facts, bucket.size)) for bucket in all_buckets]

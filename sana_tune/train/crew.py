@@ -161,7 +161,8 @@ class Crew:
         """Wait until all keys are there; the last part of a key is its rank."""
         assert self._store is not None
         began_s = told_s = time.monotonic()
-        signs, pause_s = dict.fromkeys(keys, ("", began_s)), _LOOKING_EVERY_S[0]
+        signs: dict[str, tuple[str, float]] = dict.fromkeys(keys, ("", began_s))
+        pause_s = _LOOKING_EVERY_S[0]
         while waiting := [key for key in signs if not self._store.check([key])]:
             now = time.monotonic()
             for key in waiting:

@@ -50,7 +50,10 @@ def is_sharded(model: nn.Module) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that is here: all of a plain one. Changing it in place changes the tensor."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
 
 
 def whole_norm(norm: Tensor, tensors: Sequence[Tensor]) -> Tensor:

@@ -82,6 +82,9 @@ def test_the_file_says_what_nobody_else_did(place: Path):
     assert (
         found.config.model.mixed_precision == "no" and found.origins["mixed_precision"] == "mine.yaml: mixed_precision"
     )
+    accelerate(place / "cpu.yaml", use_cpu=True, dynamo_config={"dynamo_backend": "INDUCTOR"})
+    found = asked(place, accelerate_config="cpu.yaml")
+    assert (found.config.train.device, found.config.model.dynamo_backend) == ("cpu", "inductor")
     environ = {"ACCELERATE_CONFIG_PATH": str(file), "MIXED_PRECISION": "bf16", "TRAINING_MACHINE_RANK": "0"}
     found = asked(place, environ=environ)
     assert said(found, "machine_rank")[0] == 0 and found.origins["mixed_precision"] == "environment: MIXED_PRECISION"

@@ -48,6 +48,7 @@ from tests.journeys.kit import (
 from tests.journeys.test_kills import killed_at, killed_during
 
 KILLS, KILLS_IN_FULL = 5, 20
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # as accelerate's launcher says it
 MOST = 1e-6  # between weights in fp32
 
 
@@ -220,12 +221,12 @@ def test_split_by_fsdp2_they_train_the_same_and_go_on_whole(tmp_path: Path):
     one = new_run(tmp_path / "one", **{**DRAWN, **options})
     two = new_run(tmp_path / "two", **{**DRAWN, **options, "gradient_accumulation_steps": 1}, max_train_steps=2)
     alone(one)
-    all_well(together(2, two, ACCELERATE_USE_FSDP="true"))
+    all_well(together(2, two, **FSDP2))
     first, second = told_by(two, 2)
     assert first["weights"] != second["weights"], "each holds its half"
     content = json.loads(two.read_text())
     two.write_text(json.dumps({**content, "max_train_steps": 3}))
-    all_well(together(2, two, ACCELERATE_USE_FSDP="true"))
+    all_well(together(2, two, **FSDP2))
     two.write_text(json.dumps({**content, "max_train_steps": 4}))
     all_well(together(1, two))
     output = two.parent / "output"
