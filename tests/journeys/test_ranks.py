@@ -352,7 +352,7 @@ def test_mistakes_are_told_once_before_anything_is_launched(tmp_path: Path, caps
         return told.err
 
     assert said("--validation_resolution", "33", "--validation_disable", "false").count("error: ") == 1
-    assert "DeepSpeed cannot be used here" in said("--accelerate_extra_args", "--use_deepspeed")
+    assert "DeepSpeed cannot be used here" in said("--accelerate_extra_args=--use_deepspeed")
     assert "the run is to have 2 processes; found 1" in said_by_run(path)
 
 
@@ -368,4 +368,4 @@ def test_words_that_accelerate_does_not_know_are_told(tmp_path: Path, capsys: py
     path = new_run(tmp_path / "run", num_processes=2)
     words: Sequence[str] = ("train", "--config", str(path), "--accelerate_extra_args=--rdzv_backend")
     assert exit_code(list(words)) == 1
-    assert "accelerate says: argument --rdzv_backend: expected one argument" in capsys.readouterr().err
+    assert "accelerate says: argument --rdzv_backend" in capsys.readouterr().err
