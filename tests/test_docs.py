@@ -159,6 +159,7 @@ OTHER_NAMES = frozenset({
     "sana_tune", "text_embeds", "pixel_area", "constant_with_warmup", "user_prompt_library", "transformer_ema",
     "validation_images", "huggingface_hub", "cosine_with_restarts", "cosine_with_warmup", "image_embeds",
     "instance_prompt", "save_to_disk", "ema_only",
+    "distributed_type", "fsdp_config", "fsdp_version", "gpu_ids", "fully_shard", "fsdp_reshard_after_forward",
 })  # fmt: skip
 # Keys inside of blocks.
 BLOCK_KEYS = {*TABLE_KEYS, *HUB_KEYS, *FILTER_KEYS, *(field.name for field in fields(CaptionShuffle))}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,11 @@ def _lay_file(raw: dict[str, Any], origins: dict[str, str], environ: Mapping[str
     path = Path(named).expanduser() if isinstance(named, str) else default_file(environ)
     if not isinstance(named, str) and not path.is_file():
         return
-    content = read_accelerate(path)
+    try:
+        content = read_accelerate(path)
+    except UserError as error:
+        where = origins.get("accelerate_config", "accelerate's own file")
+        raise UserError(*(replace(problem, where=f"{where}: {problem.where}") for problem in error.problems)) from None
     if not isinstance(named, str) and not _asks_for_several(content):
         return
     if str(raw.get("num_processes", content.get("num_processes", 1))) == "1":
@@ -171,7 +176,8 @@ def is_sharded(path: str | None, words: Sequence[str] = ()) -> bool:
     """Whether accelerate's file or words ask for FSDP, or its launcher said so."""
     if "--use_fsdp" in words or wants_shards():
         return True
-    return path is not None and str(read_accelerate(Path(path).expanduser()).get("distributed_type")).upper() == "FSDP"
+    content = gather([], lambda: read_accelerate(Path(path).expanduser())) if path is not None else None
+    return content is not None and str(content.get("distributed_type")).upper() == "FSDP"
 
 
 def _lay_launched(raw: dict[str, Any], origins: dict[str, str], environ: Mapping[str, str], findings: Findings) -> None:
