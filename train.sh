@@ -7,7 +7,7 @@
 #   CONFIG_PATH=file.json ./train.sh      that file
 #   ./train.sh --learning_rate 2e-5 …     every setting of config.json can be given as a flag
 #
-# MIXED_PRECISION is honoured where the config names none; VENV_PATH names the Python environment (else the active
+# TRAINING_NUM_PROCESSES=4 ./train.sh trains on four GPUs (docs/multi-gpu.md). MIXED_PRECISION is honoured where the config names none; VENV_PATH names the Python environment (else the active
 # one, else .venv). config/config.env and config/$ENV/config.env are read first, as ever; they are parsed, not run.
 # The exit code is the trainer's.
 set -euo pipefail
@@ -47,7 +47,7 @@ named=${SIMPLETUNER_ENVIRONMENT:-${SIMPLETUNER_ENV:-${ENV:-default}}}
 # What can be refused at once is refused before an installation of minutes; the trainer checks all of it again.
 for name in TRAINING_NUM_PROCESSES TRAINING_NUM_MACHINES; do
     number=${!name:-1}
-    [[ $number =~ ^[01]$ ]] || die "$name is $number; training runs in one process for now: unset it or set it to 1"
+    [[ $number =~ ^[0-9]+$ ]] || die "$name is $number; it must be a number: unset it or set it to 1"
 done
 
 config_is_named() {

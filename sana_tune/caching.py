@@ -1,7 +1,8 @@
 """The caching part of a run: what the caches lack is encoded before training, or while it goes on.
 
 Encoders are functions of `model`, caches are folders of `data`; here they meet. Whatever fails its checksum is made
-again before training may see it.
+again before training may see it. Of several processes each encodes its share, which is decided by place and not by what
+is missing: they need not agree on that.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from sana_tune.errors import Problem, UserError
 from sana_tune.log import log
 from sana_tune.prepare import Prepared, keeps_masks, text_mode, vae_mode
 from sana_tune.store import FolderStore, write_atomically
+from sana_tune.train.crew import ALONE, Crew
 from sana_tune.watch.events import CacheProgress
 from sana_tune.watch.sinks import Watcher
 
@@ -103,21 +105,40 @@ def redraw_of(prepared: Prepared) -> Redraw:
 # ---- before training ----
 
 
+def together(crew: Crew, what: str, caches: Caches, found: Mapping[str, str]) -> dict[str, str]:
+    """What all processes found while they made their shares of the caches, once the last one is through.
+
+    what: that is waited for, in words. Afterwards each sees in the caches what the others made.
+    """
+    parts: list[Mapping[str, str]] = crew.gather(what, dict(found))
+    if crew.ranks > 1:
+        for cache in {id(cache): cache for cache in (*caches.texts.values(), *caches.latents.values())}.values():
+            cache.refresh()
+    return {name: reason for part in parts for name, reason in part.items()}
+
+
 def encode_texts(
-    prepared: Prepared, caches: Caches, device: torch.device, watcher: Watcher, *, also: Collection[str] = ()
+    prepared: Prepared,
+    caches: Caches,
+    device: torch.device,
+    watcher: Watcher,
+    *,
+    also: Collection[str] = (),
+    crew: Crew = ALONE,
 ) -> None:
     """Fill the text caches; the encoder is loaded only if something is missing, and freed.
 
-    also: caches that are else filled when something is needed (text_cache_ondemand), by id.
+    also: caches that are else filled when something is needed (text_cache_ondemand), by id. crew: who shares the work.
     """
     todo: dict[str, dict[str, str]] = {}
     for name, captions in prepared.captions_by_cache.items():
         mode = text_mode(prepared.loaded, name)
         if mode == "full" or (mode == "ondemand" and name in also):
-            missing = caches.texts[name].missing(captions)
+            missing = caches.texts[name].missing(crew.share(captions))
             todo[name] = {key: captions[key] for key in missing}
     default = prepared.loaded.text_cache.id
-    negative = {key: text for key, text in prepared.negatives.items() if default in todo and key not in caches.text}
+    wanted = prepared.negatives if default in todo and crew.is_main else {}
+    negative = {key: text for key, text in wanted.items() if key not in caches.text}
     if not any(todo.values()) and not negative:
         return
     from sana_tune.data.filling import Halving, fill_text
@@ -130,7 +151,7 @@ def encode_texts(
         encode = Halving(encoder.encode, "captions", empty_device_cache)
         for name, captions in todo.items():
             title = "text" if name == default else f"text of {name}"
-            fill_text(caches.texts[name], captions, encode, size, reporter(watcher, title), identity)
+            fill_text(caches.texts[name], captions, encode, size, reporter(watcher, title, crew), identity)
         plain = Halving(lambda texts: encoder.encode(texts, with_instruction=False), "captions", empty_device_cache)
         fill_text(caches.text, negative, plain, size, _silent, prepared.plain_keys.text_identity)
     finally:
@@ -138,17 +159,23 @@ def encode_texts(
 
 
 def encode_pictures(
-    prepared: Prepared, caches: Caches, device: torch.device, watcher: Watcher, *, also: Collection[str] = ()
+    prepared: Prepared,
+    caches: Caches,
+    device: torch.device,
+    watcher: Watcher,
+    *,
+    also: Collection[str] = (),
+    crew: Crew = ALONE,
 ) -> dict[str, str]:
     """Fill the latent caches; the VAE is loaded only if something is missing, and freed. Answers broken pictures.
 
     also: datasets whose latents are else made when they are needed (vae_cache_ondemand). The pictures of others of
-    that kind are decoded, so that a broken one is known before training.
+    that kind are decoded, so that a broken one is known before training. crew: who shares the work.
     """
     datasets = {dataset.id: dataset for dataset in prepared.loaded.datasets}
     lacking: dict[str, list[Record]] = {}
     unkept: list[Record] = []
-    for record in prepared.survey.records:
+    for record in own_records(prepared.survey.records, prepared.keys.latent, crew):
         mode = vae_mode(datasets[record.dataset])
         if mode != "none" and prepared.keys.latent(record) in caches.latents[record.dataset]:
             continue
@@ -156,7 +183,7 @@ def encode_pictures(
             lacking.setdefault(record.dataset, []).append(record)
         else:
             unkept.append(record)
-    broken = broken_among(prepared, unkept, watcher)
+    broken = broken_among(prepared, unkept, watcher, crew)
     if not lacking:
         return broken
     from sana_tune.data.filling import Halving, fill_latents
@@ -167,7 +194,7 @@ def encode_pictures(
         encode = Halving(lambda pictures: encode_finite(coder, pictures), "pictures", empty_device_cache)
         for name, records in lacking.items():
             store = prepared.stores[name]
-            size, tell = datasets[name].vae_batch_size, reporter(watcher, f"latents of {name}")
+            size, tell = datasets[name].vae_batch_size, reporter(watcher, f"latents of {name}", crew)
             read = lambda record, store=store: store.read(record.key)  # noqa: E731
             found = fill_latents(records, caches.latents[name], prepared.keys, read, encode, size, tell)
             if found:
@@ -178,13 +205,24 @@ def encode_pictures(
     return broken
 
 
-def encode_masks(prepared: Prepared, caches: Caches, broken: Mapping[str, str], watcher: Watcher) -> dict[str, str]:
+def own_records(records: Iterable[Record], key: Callable[[Record], str], crew: Crew) -> list[Record]:
+    """The records that this process takes care of, those of one key together."""
+    if crew.ranks == 1:
+        return list(records)
+    keyed = [((record.dataset, key(record)), record) for record in records]
+    own = set(crew.share(dict.fromkeys(place for place, _ in keyed)))
+    return [record for place, record in keyed if place in own]
+
+
+def encode_masks(
+    prepared: Prepared, caches: Caches, broken: Mapping[str, str], watcher: Watcher, crew: Crew = ALONE
+) -> dict[str, str]:
     """Fill the latent caches with the masks of their pictures; those that are not kept are read once, to know that
     they can be. broken: pictures that are left out already. Answers the pictures whose mask cannot be read."""
     masked: dict[str, list[Record]] = {}
-    for record in prepared.survey.records:
-        if record.mask_key is not None and record.id not in broken:
-            masked.setdefault(record.dataset, []).append(record)
+    with_masks = [each for each in prepared.survey.records if each.mask_key is not None and each.id not in broken]
+    for record in own_records(with_masks, prepared.keys.mask, crew):
+        masked.setdefault(record.dataset, []).append(record)
     if not masked:
         return {}
     from sana_tune.data.mask_filling import fill_masks
@@ -193,7 +231,7 @@ def encode_masks(prepared: Prepared, caches: Caches, broken: Mapping[str, str], 
     for dataset in prepared.loaded.datasets:
         if own := masked.get(dataset.id):
             cache = caches.latents[dataset.id] if keeps_masks(dataset) else None
-            tell = reporter(watcher, f"masks of {dataset.id}")
+            tell = reporter(watcher, f"masks of {dataset.id}", crew)
             found |= fill_masks(own, cache, prepared.keys, reads[dataset.id], prepared.facts.vae_factor, tell)
     return found
 
@@ -213,18 +251,21 @@ def mask_reads(prepared: Prepared) -> dict[str, Read]:
     return {name: lambda record, store=store: store.read(str(record.mask_key)) for name, store in stores.items()}
 
 
-def broken_among(prepared: Prepared, records: Sequence[Record], watcher: Watcher) -> dict[str, str]:
+def broken_among(prepared: Prepared, records: Sequence[Record], watcher: Watcher, crew: Crew = ALONE) -> dict[str, str]:
     """The pictures that cannot be decoded; what is sound is remembered by its bytes."""
     if not records:
         return {}
     from sana_tune.data.filling import undecodable
     from sana_tune.data.records import DECODING
 
-    file = prepared.output.file_memory.with_name(f"decoded-{DECODING}.txt")
-    known = set(file.read_text(encoding="utf-8").split()) if file.exists() else set()
+    folder = prepared.output.file_memory.parent
+    own = "" if crew.is_main else f"-rank{crew.rank.rank}"
+    file = folder / f"decoded-{DECODING}{own}.txt"
+    files = [folder / f"decoded-{DECODING}.txt", *folder.glob(f"decoded-{DECODING}-rank*.txt")]
+    known = {each for path in files if path.exists() for each in path.read_text(encoding="utf-8").split()}
     unknown = [record for record in records if record.content_hash not in known]
     read = reading_of(prepared)
-    broken, sound = undecodable(unknown, read, reporter(watcher, "pictures to be encoded on demand"))
+    broken, sound = undecodable(unknown, read, reporter(watcher, "pictures to be encoded on demand", crew))
     if broken:
         for dataset in {record.dataset for record in unknown}:
             prepared.stores[dataset].check()
@@ -306,11 +347,19 @@ class Supply:
 
     Caches that are filled on demand hold their encoder here. A damaged item is set aside and made again by the
     thread that trains, with the encoder loaded for it: `steps` does that for the batches, `reading` for the rest.
+    crew: shares what an epoch needs anew; a damaged item is made again by each process that meets it.
     """
 
     def __init__(
-        self, prepared: Prepared, caches: Caches, redraw: Redraw, device: torch.device, watcher: Watcher
+        self,
+        prepared: Prepared,
+        caches: Caches,
+        redraw: Redraw,
+        device: torch.device,
+        watcher: Watcher,
+        crew: Crew = ALONE,
     ) -> None:
+        self._crew = crew
         self._prepared, self._caches, self._redraw = prepared, caches, redraw
         self._device, self._watcher = device, watcher
         self._home = threading.get_ident()
@@ -356,7 +405,7 @@ class Supply:
             key = self._prepared.keys.latent
             self._records = {key(record): record for now in self._now for record in now.survey.records}
         if self.changes:
-            self._fill("some pictures cannot be encoded any more")
+            self._fill("some pictures cannot be encoded any more", self._crew)
             self._drop(first)
 
     def mend(self, lost: LostItem) -> None:
@@ -371,7 +420,7 @@ class Supply:
             lost.cache.mend(lost)
             for now in self._now:
                 encode_texts(now, self._caches, self._device, self._watcher, also=self._whole)
-            self._fill("what was lost cannot be made again", masks=True)
+            self._fill("what was lost cannot be made again", ALONE, masks=True)
         except UserError as error:
             raise UserError(*lost.problems, *error.problems) from error
 
@@ -386,9 +435,10 @@ class Supply:
                     encoder.free()
             self._vae = self._encoder = None
 
-    def _fill(self, what: str, *, masks: bool = False) -> None:
+    def _fill(self, what: str, crew: Crew, *, masks: bool = False) -> None:
         for now in self._now:
-            broken = encode_pictures(now, self._caches, self._device, self._watcher, also=self._whole)
+            made = encode_pictures(now, self._caches, self._device, self._watcher, also=self._whole, crew=crew)
+            broken = together(crew, "the latents of this epoch", self._caches, made)
             if masks:
                 broken |= encode_masks(now, self._caches, broken, self._watcher)
             if broken:
@@ -412,9 +462,12 @@ class Supply:
             }
             cache = self._caches.latents[name]
             dropped = {key for key in old - needed if key in cache}
-            if dropped:
+            if dropped and self._crew.is_main:
                 pruned = cache.prune(lambda key, dropped=dropped: key not in dropped)
                 log.info("Epoch %d: new crops of %s; %d latents of before dropped", first + 1, name, pruned.items)
+        self._crew.gather("the dropping of old latents")
+        for name in gone if not self._crew.is_main else ():
+            self._caches.latents[name].rescan()
 
     def _text(self, name: str, cache: TensorCache) -> Tensors:
         from sana_tune.data.cache import InMemory, OnDemand
@@ -529,9 +582,15 @@ class Mended:
         return self._tensors.get(key)
 
 
-def reporter(watcher: Watcher, cache: str) -> Callable[[int, int], None]:
-    """A function that tells a cache's progress as events."""
-    return lambda done, total: watcher.emit(CacheProgress(cache, done, total, finished=done >= total))
+def reporter(watcher: Watcher, cache: str, crew: Crew = ALONE) -> Callable[[int, int], None]:
+    """A function that tells a cache's progress: as events, and to the other processes."""
+    title = cache if crew.ranks == 1 else f"{cache}, share {crew.rank.rank + 1} of {crew.ranks}"
+
+    def tell(done: int, total: int) -> None:
+        watcher.emit(CacheProgress(title, done, total, finished=done >= total))
+        crew.beat(f"{cache}, {done} of {total}")
+
+    return tell
 
 
 def _silent(done: int, total: int) -> None:

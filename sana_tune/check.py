@@ -43,6 +43,7 @@ from sana_tune.prepare import (
     cache_needs,
     check_decoder,
     check_drawing_sizes,
+    check_gpus,
     existing,
     finished,
     keys_of,
@@ -53,6 +54,7 @@ from sana_tune.prepare import (
     resumed,
     run_plan,
     scorer_at_hand,
+    shared_out,
     survey_of,
     texts_of,
     weights_dtype,
@@ -172,6 +174,9 @@ def look_over(
     found.problems += watch_problems(config.watch)
     with _told_to(found.warnings):
         checkpoint = gather(found.problems, lambda: resumed(config, output))
+        loaded = gather(found.problems, lambda: shared_out(loaded, checkpoint)) or loaded
+        config = loaded.config
+        gather(found.problems, lambda: check_gpus(config))
         drawn = gather(found.problems, lambda: prompts_wanted(config)) or {}
         gather(found.problems, lambda: scorer_at_hand(config))
         model, facts = _model(config, found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from sana_tune.log import log
 from sana_tune.model.facts import ModelFacts
 from sana_tune.prepare import Prepared, drawing_sizes
 from sana_tune.progress import Progress
+from sana_tune.train.crew import ALONE, Crew
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,24 +41,23 @@ def validator_of(
     parts: Parts,
     stop: Stop,
     emit: Callable[[Event], None],
-    *,
-    rank: int = 0,
-    ranks: int = 1,
-    gather: Callable[[Any], Sequence[Any]] = lambda value: [value],
+    crew: Crew = ALONE,
 ) -> Validator | ScriptValidator | NoValidator:
     """The validator of the run. Its VAE is loaded when pictures are drawn and let go of afterwards.
 
-    text: embeddings by key. emit: takes previews. rank, ranks, gather: as of Validator. Raises UserError for a preview
-    decoder that is none of this model.
+    text: embeddings by key. emit: takes previews. crew: the processes that share the pictures; where the model is split
+    over them, they draw each picture together. Raises UserError for a preview decoder that is none of this model.
     """
     from sana_tune.model.generate import Painter
+    from sana_tune.train.sharding import is_sharded
     from sana_tune.train.validate import NoValidator
 
     if not prepared.drawn:
         return NoValidator()
     if prepared.config.validation.validation_method == "external-script":
-        return script_of(prepared, first=rank == 0)
-    device = parts.accelerator.device
+        return script_of(prepared, first=crew.is_main)
+    device, split = parts.accelerator.device, is_sharded(parts.bare)
+    alone = ALONE if split else crew
     autocast = autocast_dtype(prepared.loaded, prepared.plan.weights.dtype) if device.type != "cpu" else None
     painter = Painter(prepared.folder, device, autocast=autocast, variant=prepared.config.model.variant)
     previews = previews_of(prepared, caches, painter, emit) if prepared.config.validation.validation_preview else None
@@ -76,7 +76,8 @@ def validator_of(
 
     return pictures_validator(
         prepared.config, prepared.facts, prepared.output.pictures, prepared.drawn, draw,
-        release=release, stopped=lambda: stop.requested, rank=rank, ranks=ranks, gather=gather,
+        release=release, stopped=lambda: stop.requested and not split, writes=crew.is_main or not split,
+        rank=alone.rank.rank, ranks=alone.ranks, gather=lambda drawn: alone.gather("the validation pictures", drawn),
     )  # fmt: skip
 
 

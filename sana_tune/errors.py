@@ -38,6 +38,11 @@ class UserError(Exception):
         self.problems = problems
         super().__init__("\n".join(str(problem) for problem in problems))
 
+    @property
+    def is_of_others(self) -> bool:
+        """Whether it only tells that another process failed, which tells more itself."""
+        return False
+
 
 def gather(problems: list[Problem], check: Callable[[], Value]) -> Value | None:
     """What `check` answers; None when it raises UserError, whose problems join the list."""

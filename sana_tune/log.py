@@ -59,27 +59,32 @@ def console() -> Console:
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints records on a rich console; warnings and errors carry their level in front."""
+    """Prints records on a rich console; warnings and errors carry their level in front, and before it `prefix`."""
 
-    def __init__(self, target: Console):
+    def __init__(self, target: Console, prefix: str = ""):
         super().__init__()
         self.target = target
+        self.prefix = prefix
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
         if record.levelno >= logging.WARNING:
             text = f"{record.levelname.lower()}: {text}"
+        text = f"{self.prefix}{text}"
         style = _STYLES.get(record.levelno)
         self.target.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def setup(level: int | str = logging.INFO, target: Console | None = None) -> None:
-    """Send the package's log to the console. Calling it again replaces the console handler, files stay."""
+def setup(level: int | str = logging.INFO, target: Console | None = None, prefix: str = "") -> None:
+    """Send the package's log to the console. Calling it again replaces the console handler, files stay.
+
+    prefix: before each line, to tell processes apart.
+    """
     log.setLevel(logging.DEBUG)
     log.propagate = False
     for handler in [handler for handler in log.handlers if isinstance(handler, ConsoleHandler)]:
         log.removeHandler(handler)
-    handler = ConsoleHandler(target if target is not None else console())
+    handler = ConsoleHandler(target if target is not None else console(), prefix)
     handler.setLevel(level)
     log.addHandler(handler)
 

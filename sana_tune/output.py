@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class Output:
     @classmethod
     def open(cls, root: Path) -> Output:
         """Make the folder and see that it can be written. Raises UserError when it cannot."""
-        probe = root / ".writable"
+        probe = root / f".writable-{os.getpid()}"  # several processes may look at once
         try:
             root.mkdir(parents=True, exist_ok=True)
             probe.touch()
@@ -40,6 +41,10 @@ class Output:
     @property
     def log_file(self) -> Path:
         return self.root / "log.txt"
+
+    def log_of(self, rank: int) -> Path:
+        """Where a process writes its log; that of the first one is the run's."""
+        return self.root / f"log-rank{rank}.txt" if rank else self.log_file
 
     @property
     def metrics_file(self) -> Path:

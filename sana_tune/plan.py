@@ -157,8 +157,9 @@ class Plan:
 
     With a schedule (`epochs_shown` not empty) epochs differ; micro_batches_per_epoch and steps_per_epoch are the
     first one's, and `epoch_after` knows all. held_out: buckets that no epoch shows.
-    memory: None where nobody worked it out. pace: all that decides how long a step takes; step_s: seconds that a step
-    took here before at the same pace, None when that is not known.
+    ranks: processes, which share the micro-batches of a step. memory: None where nobody worked it out. pace: all that
+    decides how long a step takes; step_s: seconds that a step took here before at the same pace, None when that is not
+    known.
     """
 
     model: str
@@ -187,6 +188,7 @@ class Plan:
     datasets: tuple[DatasetPlan, ...] = ()
     held_out: tuple[BucketPlan, ...] = ()
     epochs_shown: tuple[EpochsPlan, ...] = ()
+    ranks: int = 1
     timeline: Timeline | None = field(default=None, compare=False, repr=False)
     pictures: tuple[str, ...] = ()  # what is drawn and when, in words
     evaluation: EvaluationPlan | None = None
@@ -328,14 +330,13 @@ def make_plan(
 ) -> Plan:
     """Work out the whole run.
 
-    datasets: what each is for. timeline: of datasets that start and end; None when all are always shown.
-    learns_from_base: whether the untrained model is asked too (regularisation_target base).
-    first_step: where a resumed run stands (0 for a fresh one). other_model_bytes: VAE and text encoder on disk,
-    which the exported pipeline holds a copy of. precision: as the run computes, where that is not mixed_precision.
+    datasets: what each is for. timeline: of datasets that start and end; None when all are always shown. ranks:
+    processes. learns_from_base: whether the untrained model is asked too. first_step: where a resumed run stands (0 for
+    a fresh one). other_model_bytes: VAE and text encoder on disk, which the exported pipeline holds a copy of.
+    precision: as the run computes, where that is not mixed_precision.
     """
     all_buckets, buckets = buckets, trained(buckets)
-    all_micro_batches = sum(bucket.micro_batches for bucket in buckets)
-    per_epoch = all_micro_batches if timeline is None else timeline.stretches[0].epoch_length
+    per_epoch = sum(b.micro_batches for b in buckets) if timeline is None else timeline.stretches[0].epoch_length
     per_step = config.train.gradient_accumulation_steps * ranks
     steps = total_steps(config, per_epoch, per_step, timeline)
     plans = [_bucket_plan(bucket, flow_shift_of(config, facts, bucket.size)) for bucket in all_buckets]
@@ -367,6 +368,7 @@ def make_plan(
         held_out=tuple(plan for plan in plans if plan.role == Role.EVAL.value),
         epochs_shown=_epochs_shown(buckets, timeline, steps, per_step),
         timeline=timeline,
+        ranks=ranks,
     )
 
 
@@ -451,6 +453,7 @@ def pace_of(
         "micro_batches_per_step": per_step,
         "micro_batches": [[*size, count] for size, count in sorted(shares.items())],
         **({"learns_from_base": True} if learns_from_base else {}),
+        **({"ranks": config.launch.processes} if config.launch.processes > 1 else {}),
     }
 
 
@@ -629,8 +632,9 @@ def length_line(plan: Plan) -> str:
     """How long the run is."""
     going_on = f"; going on from step {plan.first_step}" if plan.first_step else ""
     first = " in the first" if plan.epochs_shown else ""
+    shared = f" shared by {plan.ranks} processes" if plan.ranks > 1 else ""
     return (
-        f"{plan.total_steps} steps of {plan.micro_batches_per_step} micro-batch(es), "
+        f"{plan.total_steps} steps of {plan.micro_batches_per_step} micro-batch(es){shared}, "
         f"{plan.steps_per_epoch:g} steps an epoch{first}, {plan.epochs:.3g} epochs, {plan.images_seen:,} images, "
         f"{plan.images_per_step:.3g} a step{going_on}"
     )

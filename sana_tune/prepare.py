@@ -6,6 +6,7 @@ pictures and their captions, the prompts, the model's files, the room on the dis
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -17,6 +18,7 @@ from statistics import median
 from typing import Any
 
 from sana_tune.config.datasets import ImageDataset
+from sana_tune.config.launching import is_sharded, split
 from sana_tune.config.load import Loaded
 from sana_tune.config.schema import Config
 from sana_tune.data import shards
@@ -29,7 +31,7 @@ from sana_tune.data.records import Keys, Record
 from sana_tune.data.stores import open_stores
 from sana_tune.data.survey import Report, Survey, survey
 from sana_tune.errors import Problem, UserError, gather
-from sana_tune.hardware import Device, device_for, no_fp16_on_cpu
+from sana_tune.hardware import Device, device_for, gpus, no_fp16_on_cpu
 from sana_tune.log import log
 from sana_tune.memory import (
     Load,
@@ -63,6 +65,7 @@ from sana_tune.plan import (
 from sana_tune.progress import Progress
 from sana_tune.prompts import Prompt, drawing_lines, prompts_of
 from sana_tune.roles import dataset_plans, evaluation_of, held_out_copies, learns_from_base, priced, timeline_for
+from sana_tune.share import kept_batch
 from sana_tune.store import FolderStore, Store
 from sana_tune.train.folders import Checkpoint, check_identity, find, folder_name, read
 from sana_tune.watch.metrics import last_lines
@@ -140,6 +143,9 @@ def prepare(
     stores = open_stores(loaded.datasets)
     problems = list(also)
     checkpoint = gather(problems, lambda: None if fresh else resumed(config, output))
+    loaded = gather(problems, lambda: shared_out(loaded, checkpoint)) or loaded
+    config = loaded.config
+    gather(problems, lambda: check_gpus(config))
     prompts = gather(problems, lambda: prompts_wanted(config))
     gather(problems, lambda: check_folders(loaded, stores))
     gather(problems, lambda: scorer_at_hand(config))
@@ -172,6 +178,21 @@ def resumed(config: Config, output: Output) -> Checkpoint | None:
     return checkpoint
 
 
+def shared_out(loaded: Loaded, checkpoint: Checkpoint | None) -> Loaded:
+    """The settings, less what a checkpoint of another number of processes decides. UserError when it does not fit."""
+    return loaded if checkpoint is None else kept_batch(loaded, Output(checkpoint.path.parent).read_json("plan.json"))
+
+
+def check_gpus(config: Config) -> None:
+    """Raise UserError when this machine shows fewer GPUs than it is to have processes, one each."""
+    wanted = config.launch
+    here = wanted.processes // (wanted.num_machines or 1)
+    if here < 2 or config.train.device == "cpu" or not (found := gpus()) or len(found) >= here:
+        return
+    what = f"{here} processes on this machine need as many GPUs; it shows {len(found)}"
+    raise UserError(Problem("num_processes", what, "lower it, or see CUDA_VISIBLE_DEVICES and nvidia-smi"))
+
+
 def identity_of(config: Config) -> dict[str, str]:
     """What a run is: a checkpoint of a run that was something else is refused.
 
@@ -195,6 +216,10 @@ def weights_of(
     checkpoint: Checkpoint | None,
 ) -> Weights:
     """The dtype of the trained weights, and why. folder: None for a model that is not on this machine yet."""
+    launch = loaded.config.launch
+    if launch.processes > 1 and loaded.config.model.weights_dtype == "auto":
+        if is_sharded(launch.accelerate_config, split(launch.accelerate_extra_args or "")):
+            return Weights("fp32", "FSDP2 splits them over the processes")
     held = checkpoint.header().get("run", {}).get("weights_dtype") if checkpoint else None
     return decide_weights(
         priced(loaded.config, buckets),
@@ -422,6 +447,7 @@ def run_plan(
         ),
         precision=precision,
         weights=weights,
+        ranks=config.launch.processes,
         datasets=dataset_plans(loaded),
         timeline=timeline_for(loaded, buckets),
         learns_from_base=learns_from_base(config, buckets),
@@ -689,6 +715,16 @@ def write_down(prepared: Prepared) -> None:
     prepared.output.write_config(prepared.loaded)
     prepared.output.write_json("plan.json", prepared.plan.to_json())
     prepared.output.write_json("ledger.json", prepared.survey.ledger.to_json())
+
+
+def digest_of(prepared: Prepared) -> str:
+    """A short text that is the same for processes that found the same pictures and work out the same plan."""
+    plan, told = prepared.plan, hashlib.blake2b(digest_size=16)
+    for record in prepared.survey.records:
+        told.update(repr(record).encode())
+    numbers = (plan.first_step, plan.total_steps, plan.micro_batches_per_step, plan.ranks, plan.weights.dtype)
+    told.update(repr((numbers, plan.buckets, plan.levels, prepared.keys, sorted(prepared.prompts))).encode())
+    return told.hexdigest()
 
 
 def finished_already(prepared: Prepared) -> Progress | None:

@@ -79,7 +79,7 @@ def timeline_for(loaded: Loaded, buckets: Sequence[Bucket]) -> Timeline | None:
         config.data.data_backend_sampling,
         config.train.seed,
         when,
-        config.train.gradient_accumulation_steps,
+        config.train.gradient_accumulation_steps * config.launch.processes,
     )
     if not timeline.stretches:
         what = f"no dataset is shown in the first step; {', '.join(names_of(shown))} start later"

@@ -6,6 +6,7 @@ imported where it is used, so that a mistake is told in tenths of a second.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
@@ -24,6 +25,7 @@ from sana_tune.caching import (
     masks_of,
     open_caches,
     redraw_of,
+    together,
 )
 from sana_tune.config.load import Loaded
 from sana_tune.config.schema import Config, EmaConfig, LossConfig, ModelConfig, OptimizerConfig
@@ -38,6 +40,7 @@ from sana_tune.measuring import evaluator_of, scored, scorer_folder
 from sana_tune.output import Output
 from sana_tune.prepare import (
     Prepared,
+    digest_of,
     finished_already,
     identity_of,
     plan_of,
@@ -51,7 +54,9 @@ from sana_tune.prepare import (
 )
 from sana_tune.progress import Progress
 from sana_tune.publish import comment_of, listeners, pipeline_card, repository_of
+from sana_tune.ranks import Rank, own_rank, wants_shards
 from sana_tune.roles import is_regularised, learns_from_base, windows
+from sana_tune.train.crew import ALONE, Crew
 from sana_tune.train.signals import LeaveNow, Stop
 from sana_tune.watch.card import Seen
 from sana_tune.watch.events import Failed
@@ -61,6 +66,7 @@ from sana_tune.watch.sinks import MetricsSink, Sink, Watcher, screen
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
+    from torch import Tensor
 
     from sana_tune.data.loader import Batches
     from sana_tune.data.order import Order
@@ -77,7 +83,7 @@ def run(loaded: Loaded, *, notes: Sequence[str] = (), restart: bool = False, sin
 
     Raises UserError for mistakes and failures that were foreseen, Interrupted when a signal ended it.
     """
-    logs.setup()
+    logs.setup(logging.INFO if (own_rank() or Rank()).is_main else logging.ERROR)
     logs.quiet_libraries()
     stop = Stop()
     try:
@@ -89,32 +95,76 @@ def run(loaded: Loaded, *, notes: Sequence[str] = (), restart: bool = False, sin
 
 def _run(loaded: Loaded, notes: Sequence[str], restart: bool, sinks: Sequence[Sink], stop: Stop) -> Progress:
     output = Output.open(Path(loaded.config.train.output_dir))
-    handler = logs.add_file(output.log_file)
+    handler = logs.add_file(output.log_of((own_rank() or Rank()).rank))
     try:
-        problems = watch_problems(loaded.config.watch)
-        repository = None if problems else gather(problems, lambda: repository_of(loaded.config))
-        prepared = prepare(loaded, output, notes, fresh=restart, also=problems)
-        scorer = scorer_folder(prepared)  # before anything is written: it may be a download
-        tell(prepared)
-        if (finished := finished_already(prepared)) is not None:
-            return finished
-        if restart:
-            output.set_aside()
-        before = output.read_json("plan.json") if prepared.checkpoint is not None else {}
-        write_down(prepared)
-        all_sinks = [screen(logs.console()), MetricsSink(output.metrics_file), *listeners(prepared, repository), *sinks]
-        with Watcher(all_sinks) as watcher:
-            try:
-                return work(prepared, before, watcher, stop, scorer)
-            except UserError as error:
-                watcher.emit(Failed("\n".join(str(problem) for problem in error.problems)))
-                raise
+        crew = meet(loaded)
+        try:
+            progress = _live(loaded, output, notes, restart, sinks, stop, crew)
+        except Interrupted:
+            crew.close()  # all have saved: a process that leaves before the others takes them with it
+            raise
+        crew.close()
+        return progress
     finally:
         logs.remove(handler)
 
 
+def _live(
+    loaded: Loaded, output: Output, notes: Sequence[str], restart: bool, sinks: Sequence[Sink], stop: Stop, crew: Crew
+) -> Progress:
+    problems = watch_problems(loaded.config.watch)
+    repository = None if problems else gather(problems, lambda: repository_of(loaded.config))
+    prepared = crew.first_main(
+        "the look at the pictures", lambda: prepare(loaded, output, notes, fresh=restart, also=problems)
+    )
+    # before anything is written: it may be a download
+    scorer = crew.first_main("the model that scores", lambda: scorer_folder(prepared))
+    crew.agree("plan", digest_of(prepared) if crew.ranks > 1 else "")
+    if crew.is_main:
+        tell(prepared)
+    else:
+        logs.setup(logging.WARNING, prefix=f"rank {crew.rank.rank}: ")
+    if (finished := finished_already(prepared)) is not None:
+        return finished
+    if restart and crew.is_main:
+        output.set_aside()
+    before = output.read_json("plan.json") if prepared.checkpoint is not None else {}
+    if crew.is_main:
+        write_down(prepared)
+    all_sinks: list[Sink] = []
+    if crew.is_main:
+        told = listeners(prepared, repository)
+        all_sinks = [screen(logs.console()), MetricsSink(output.metrics_file), *told, *sinks]
+    with Watcher(all_sinks) as watcher:
+        try:
+            with crew.told_of_losses():
+                return work(prepared, before, watcher, stop, scorer, crew)
+        except UserError as error:
+            watcher.emit(Failed("\n".join(str(problem) for problem in error.problems)))
+            raise
+
+
+def meet(loaded: Loaded) -> Crew:
+    """The processes of this run; where a launcher started several, they are connected now."""
+    rank, wanted = own_rank() or Rank(), loaded.config.launch.processes
+    if rank.ranks != wanted:
+        what = f"the run is to have {wanted} processes; found {rank.ranks}"
+        raise UserError(Problem("num_processes", what, "start it with `sana_tune train`, which launches them"))
+    if rank.ranks == 1:
+        return ALONE
+    from sana_tune.train.device import make_accelerator
+
+    make_accelerator(loaded.config.train.device, precision(loaded))
+    return Crew.connected(rank)
+
+
 def work(
-    prepared: Prepared, before: Mapping[str, Any], watcher: Watcher, stop: Stop, scorer: Path | None = None
+    prepared: Prepared,
+    before: Mapping[str, Any],
+    watcher: Watcher,
+    stop: Stop,
+    scorer: Path | None = None,
+    crew: Crew = ALONE,
 ) -> Progress:
     """Everything heavy: encode what the caches lack, then train. before: the plan.json of the run that is resumed.
 
@@ -123,10 +173,11 @@ def work(
     from sana_tune.train.device import make_accelerator
 
     accelerator = make_accelerator(prepared.config.train.device, precision(prepared.loaded))
-    caches = open_caches(prepared)
-    prepared = filled(prepared, caches, accelerator.device, watcher)
-    tell_changes(before, prepared)
-    return train(prepared, caches, accelerator, scored(prepared, watcher, scorer, accelerator), stop)
+    caches = crew.first_main("the look at the caches", lambda: open_caches(prepared))
+    prepared = filled(prepared, caches, accelerator.device, watcher, crew)
+    if crew.is_main:
+        tell_changes(before, prepared)
+    return train(prepared, caches, accelerator, scored(prepared, watcher, scorer, accelerator), stop, crew)
 
 
 def warm(loaded: Loaded, *, notes: Sequence[str] = (), sinks: Sequence[Sink] = ()) -> None:
@@ -163,21 +214,30 @@ def _warm(loaded: Loaded, notes: Sequence[str], sinks: Sequence[Sink]) -> None:
         logs.remove(handler)
 
 
-def filled(prepared: Prepared, caches: Caches, device: torch.device, watcher: Watcher) -> Prepared:
+def filled(prepared: Prepared, caches: Caches, device: torch.device, watcher: Watcher, crew: Crew = ALONE) -> Prepared:
     """Encode what the caches lack before the first step. The run less the pictures that could not be encoded."""
-    broken = fill(prepared, caches, device, watcher)
-    return without(prepared, broken) if broken else prepared
+    broken = fill(prepared, caches, device, watcher, crew=crew)
+    return without(prepared, broken, crew) if broken else prepared
 
 
 def fill(
-    prepared: Prepared, caches: Caches, device: torch.device, watcher: Watcher, *, also: Collection[str] = ()
+    prepared: Prepared,
+    caches: Caches,
+    device: torch.device,
+    watcher: Watcher,
+    *,
+    also: Collection[str] = (),
+    crew: Crew = ALONE,
 ) -> dict[str, str]:
-    """Encode what the caches lack. also: ids of caches that would be filled on demand. Answers the pictures that
-    cannot be encoded: `Record.id` → reason."""
-    encode_texts(prepared, caches, device, watcher, also=also)
+    """Encode what the caches lack, each process its share. also: ids of caches that would be filled on demand. Answers
+    the pictures that cannot be encoded: `Record.id` → reason."""
+    encode_texts(prepared, caches, device, watcher, also=also, crew=crew)
+    together(crew, "the captions", caches, {})
     now = at_start(prepared, caches)
-    broken = encode_pictures(now, caches, device, watcher, also=also)
-    return broken | encode_masks(now, caches, broken, watcher)
+    broken = encode_pictures(now, caches, device, watcher, also=also, crew=crew)
+    broken = together(crew, "the latents", caches, broken)
+    masks = encode_masks(now, caches, broken, watcher, crew)
+    return broken | together(crew, "the masks", caches, masks)
 
 
 def at_start(prepared: Prepared, caches: Caches) -> Prepared:
@@ -189,12 +249,12 @@ def at_start(prepared: Prepared, caches: Caches) -> Prepared:
     return replace(prepared, survey=replace(prepared.survey, records=tuple(redraw.records(epoch))))
 
 
-def without_broken(prepared: Prepared, broken: Mapping[str, str]) -> Survey:
+def without_broken(prepared: Prepared, broken: Mapping[str, str], crew: Crew = ALONE) -> Survey:
     """The survey less the pictures that could not be encoded, which are told. UserError when a run cannot be without.
 
     The ledger is written then.
     """
-    for name, reason in list(broken.items())[:10]:
+    for name, reason in list(broken.items())[: 10 * crew.is_main]:
         log.warning("left out: %s (%s)", name, reason)
     left = prepared.survey.without(broken)
     if not left.records:
@@ -207,9 +267,9 @@ def without_broken(prepared: Prepared, broken: Mapping[str, str]) -> Survey:
     return left
 
 
-def without(prepared: Prepared, broken: Mapping[str, str]) -> Prepared:
+def without(prepared: Prepared, broken: Mapping[str, str], crew: Crew = ALONE) -> Prepared:
     """The run less the pictures that could not be encoded, told and planned again."""
-    left = without_broken(prepared, broken)
+    left = without_broken(prepared, broken, crew)
     again = plan_of(
         prepared.loaded,
         prepared.output,
@@ -222,31 +282,35 @@ def without(prepared: Prepared, broken: Mapping[str, str]) -> Prepared:
         prepared.device,
         prepared.stores,
     )
-    write_down(again)
-    log.warning("%d pictures were left out (ledger.json); the run has %d steps", len(broken), again.plan.total_steps)
+    if crew.is_main:
+        write_down(again)
+        text = "%d pictures were left out (ledger.json); the run has %d steps"
+        log.warning(text, len(broken), again.plan.total_steps)
     return again
 
 
-def train(prepared: Prepared, caches: Caches, accelerator: Accelerator, watcher: Watcher, stop: Stop) -> Progress:
+def train(
+    prepared: Prepared, caches: Caches, accelerator: Accelerator, watcher: Watcher, stop: Stop, crew: Crew = ALONE
+) -> Progress:
     """Build the parts and run the loop."""
     from sana_tune.train.checkpoint import Checkpoints
     from sana_tune.train.loop import fit
 
     config = prepared.config
     parts = build_parts(prepared, accelerator)
-    with closing(Supply(prepared, caches, redraw_of(prepared), accelerator.device, watcher)) as supply:
-        validator = validator_of(prepared, caches, supply.reading.text, parts, stop, watcher.emit)
+    with closing(Supply(prepared, caches, redraw_of(prepared), accelerator.device, watcher, crew)) as supply:
+        validator = validator_of(prepared, caches, supply.reading.text, parts, stop, watcher.emit, crew)
         try:
             return fit(
                 prepared.plan,
                 parts,
-                supply.steps(batches_of(prepared, caches, supply.reading, supply.records)),
+                supply.steps(batches_of(prepared, caches, supply.reading, supply.records, crew.rank)),
                 validator,
                 Checkpoints(prepared.output.root, config.train.checkpoints_total_limit, identity_of(config)),
                 watcher,
                 stop,
                 resume=prepared.checkpoint,
-                export=lambda progress: export(prepared, parts, progress, watcher.seen),
+                export=lambda progress: exported(prepared, parts, progress, watcher.seen, crew),
                 evaluator=evaluator_of(prepared, caches, supply.reading, lambda: stop.requested),
                 max_bad_steps=config.train.max_bad_steps,
             )
@@ -260,8 +324,10 @@ def batches_of(
     caches: Caches,
     reading: Caches | Reading,
     records: Callable[[int], Sequence[Record]] | None = None,
+    rank: Rank | None = None,
 ) -> Batches:
-    """The run's batches, step by step. records: what each epoch shows, where that is not always the same."""
+    """The run's batches, step by step. records: what each epoch shows, where that is not always the same. rank: of the
+    process whose part of each step it is; None = the whole step, its micro-batches one after another."""
     from sana_tune.data.loader import Batches
 
     config, loaded = prepared.config, prepared.loaded
@@ -276,7 +342,9 @@ def batches_of(
         caption_dropout=config.data.caption_dropout_probability,
         masks=masks_of(prepared, caches) if loaded.masks else None,
         segmentation_share=config.train.masked_loss_probability,
-        accumulation=config.train.gradient_accumulation_steps,
+        rank=rank.rank if rank else 0,
+        ranks=rank.ranks if rank else 1,
+        accumulation=config.train.gradient_accumulation_steps * (1 if rank else config.launch.processes),
     )
 
 
@@ -291,7 +359,7 @@ def order_of(prepared: Prepared) -> Order:
         config.data.data_backend_sampling,
         config.train.seed,
         windows(prepared.loaded),
-        config.train.gradient_accumulation_steps,
+        config.train.gradient_accumulation_steps * config.launch.processes,
     )
 
 
@@ -300,6 +368,7 @@ def build_parts(prepared: Prepared, accelerator: Accelerator) -> Parts:
     from sana_tune.model.flow import Perturbation
     from sana_tune.model.shift import shift_for
     from sana_tune.train.ema import NoEma
+    from sana_tune.train.sharding import replicated
     from sana_tune.train.step import Parts
 
     config, facts, wanted = prepared.config, prepared.facts, prepared.config.optimizer
@@ -310,7 +379,7 @@ def build_parts(prepared: Prepared, accelerator: Accelerator) -> Parts:
     ema: Ema | NoEma = average_of(config.ema, transformer) if config.ema.use_ema else NoEma()
     return Parts(
         accelerator=accelerator,
-        transformer=transformer,
+        transformer=replicated(transformer, accelerator),
         optimizer=optimizer,
         schedule=prepared.plan.schedule,
         ema=ema,
@@ -432,6 +501,7 @@ def transformer_and_optimizer(prepared: Prepared, device: torch.device) -> tuple
     from sana_tune.model.attention import install
     from sana_tune.model.half import keep_captions_fp32
     from sana_tune.model.sana import load_transformer
+    from sana_tune.train.sharding import shard
 
     config = prepared.config
     place = "cpu" if weights_dtype(config) == "bf16" else device
@@ -439,6 +509,11 @@ def transformer_and_optimizer(prepared: Prepared, device: torch.device) -> tuple
     install(transformer)
     if precision(prepared.loaded) == "fp16":
         keep_captions_fp32(transformer)
+    if wants_shards() and config.launch.processes > 1:
+        if config.rollout.scheduled_sampling_max_step_offset:
+            what = "rollouts need the whole model in every process, and FSDP splits it: their lengths differ by process"
+            raise UserError(Problem("scheduled_sampling_max_step_offset", what, "set it to 0, or train without FSDP"))
+        shard(transformer, device, config.launch.processes)
     return transformer, optimizer_of(config, transformer, device, bf16=weights_dtype(config) == "bf16")
 
 
@@ -486,12 +561,32 @@ def base_model(prepared: Prepared, device: torch.device) -> Any:
     return freeze(base, dtype, autocast=autocast_dtype(prepared.loaded, weights)).to(device)
 
 
-def export(prepared: Prepared, parts: Parts, progress: Progress, seen: Seen) -> str:
-    """Write the finished pipeline. Answers its folder. seen: the last pictures and numbers, for its model card."""
+def exported(prepared: Prepared, parts: Parts, progress: Progress, seen: Seen, crew: Crew) -> str:
+    """Have the main process write the finished pipeline, and wait for it. Answers its folder."""
+    from sana_tune.train.sharding import gathered
+
+    weights, average = gathered(parts.bare.state_dict()), gathered(parts.ema.state_dict())
+    if crew.is_main:
+        export(prepared, parts, progress, seen, weights, average)
+    crew.gather("the finished pipeline")
+    return str(prepared.output.pipeline)
+
+
+def export(
+    prepared: Prepared,
+    parts: Parts,
+    progress: Progress,
+    seen: Seen,
+    weights: Mapping[str, Tensor],
+    average: Mapping[str, Tensor],
+) -> str:
+    """Write the finished pipeline. Answers its folder.
+
+    seen: the last pictures and numbers, for its model card. average: {} = none.
+    """
     from sana_tune.model.export import export_pipeline
 
     config, out = prepared.config, prepared.output.pipeline
-    average, weights = parts.ema.state_dict(), parts.bare.state_dict()
     card = pipeline_card(prepared, progress, str(parts.input_dtype).removeprefix("torch."), seen)
     export_pipeline(
         prepared.folder,

@@ -5,6 +5,7 @@ python scripts/benchmark_engine.py counts             1.6B: kernels, bytes moved
 python scripts/benchmark_engine.py strata             stratified noise levels: how steady a step's loss is, on nano
 python scripts/benchmark_engine.py previews           what previews cost beside the sampling, at the default interval
 python scripts/benchmark_engine.py step [ARGUMENTS]   scripts/benchmark.py over a model of 30 M parameters
+python scripts/benchmark_engine.py ranks               2 processes on 2 cores beside 1 on 1: pictures a second
 sana_tune bench                                       whole steps of any model, on a GPU too
 """
 
@@ -294,13 +295,68 @@ def middle_model(folder: Path) -> Path:
     return folder / "model"
 
 
+def in_ranks(folder: Path, processes: int, steps: int, batch: int, side: int) -> float:
+    """Pictures a second of a run of the middle model, each process on one core; the median of all but the first steps.
+
+    folder: holds model/ and pictures/. One process takes as many micro-batches a step as two do together.
+    """
+    import json
+    import os
+    import subprocess
+
+    from sana_tune.watch.metrics import read
+
+    place = folder / f"ranks-{processes}"
+    place.mkdir()
+    datasets = [{"id": "d", "instance_data_dir": str(folder / "pictures"), "caption_strategy": "filename"}]
+    (place / "multidatabackend.json").write_text(json.dumps(datasets), encoding="utf-8")
+    settings = {
+        "pretrained_model_name_or_path": str(folder / "model"), "device": "cpu", "mixed_precision": "no",
+        "data_backend_config": str(place / "multidatabackend.json"), "output_dir": str(place / "output"),
+        "cache_dir": str(folder / "cache"), "resolution": side, "train_batch_size": batch, "num_processes": processes,
+        "gradient_accumulation_steps": 2 // processes, "gradient_checkpointing": False, "max_train_steps": steps,
+        "checkpoint_step_interval": 0, "validation_disable": True,
+    }  # fmt: skip
+    (place / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    command = [sys.executable, "-m", "sana_tune", "train", "--config", str(place / "config.json")]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    cores = sorted(os.sched_getaffinity(0))[:processes] if hasattr(os, "sched_getaffinity") else []
+
+    def pin() -> None:
+        if cores:
+            os.sched_setaffinity(0, cores)
+
+    subprocess.run(command, env=environ, check=True, stdout=subprocess.DEVNULL, preexec_fn=pin)
+    times = [line["step_s"] for line in read(place / "output" / "metrics.jsonl")][SETTLING:]
+    return 2 * batch / statistics.median(times)
+
+
+def time_ranks(steps: int, batch: int, side: int) -> float:
+    """What a second process on a second core is worth: the ratio of pictures a second, told with both."""
+    import random
+
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory(prefix="sana_tune-benchmark-") as place:
+        folder, luck = Path(place), random.Random(0)
+        middle_model(folder)
+        (folder / "pictures").mkdir()
+        for number in range(8):
+            pixels = luck.randbytes(side * side * 3)
+            Image.frombytes("RGB", (side, side), pixels).save(folder / "pictures" / f"picture {number}.png")
+        one, two = (in_ranks(folder, processes, steps, batch, side) for processes in (1, 2))
+    print(f"1 process on 1 core {one:.2f} images/s, 2 processes on 2 cores {two:.2f}, ratio {two / one:.2f}")
+    return two / one
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the engine's parts are worth.")
-    parser.add_argument("what", choices=("rewrites", "counts", "strata", "previews", "step"))
-    parser.add_argument("--batch", type=int, default=2, help="for rewrites")
+    parser.add_argument("what", choices=("rewrites", "counts", "strata", "previews", "step", "ranks"))
+    parser.add_argument("--batch", type=int, default=2, help="for rewrites and ranks")
     parser.add_argument("--side", type=int, default=16, help="for rewrites: latent positions a side")
     parser.add_argument("--precision", default="no", choices=("no", "bf16"), help="for rewrites")
-    parser.add_argument("--rounds", type=int, default=10, help="for rewrites; for strata 40 steps each")
+    parser.add_argument("--rounds", type=int, default=10, help="for rewrites; steps of ranks; for strata 40 steps each")
     if sys.argv[1:2] == ["step"]:
         from scripts import benchmark
 
@@ -315,6 +371,9 @@ def main() -> None:
         return tell_counts()
     if asked.what == "previews":
         return tell_previews(asked.rounds)
+    if asked.what == "ranks":
+        time_ranks(SETTLING + asked.rounds, asked.batch, 32 * asked.side)
+        return None
     if asked.what == "strata":
         for batch in (1, 2, 4, 8):
             print(f"batch {batch}: variance of the loss {steadiness(batch, 40 * asked.rounds):.2f} times the plain one")

@@ -21,13 +21,13 @@ HEAVY = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes")
 
 # Imports go from a later group to an earlier one. Parts of one group do not import each other, but for the first.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "log", "progress", "hardware"),
+    ("errors", "log", "progress", "hardware", "ranks"),
     ("config",),
     ("store",),
     ("data", "model", "watch"),
     ("memory", "schedule"),
     ("plan", "prompts", "output"),
-    ("roles",),
+    ("roles", "share"),
     ("train",),
     ("prepare",),
     ("check",),
@@ -36,6 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("inventory", "offline", "measuring"),
     ("publish",),
     ("run",),
+    ("launch",),
     ("bench",),
     ("cli",),
     ("__main__",),

@@ -146,11 +146,11 @@ def test_a_readme_tells_what_it_must(name):
         assert "not measured" in row(name, "time") and "Nobody has run this example on a GPU yet" in text
 
 
-def test_eight_processes_are_said_not_to_be_built(capsys):
-    assert "**Eight processes are not built yet.**" in readme("sana-4.8b-8gpu")
-    config = str(examples_dir() / "sana-4.8b-8gpu/config.json")
-    assert exit_code(["check", "--config", config, "--num_processes", "8"]) == 1
-    assert "num_processes: changes what is trained" in capsys.readouterr().out
+def test_eight_processes_share_a_step():
+    assert "Eight processes, one a card, each with 8 pictures a step: 64 in all" in readme("sana-4.8b-8gpu")
+    _, report = looked_over(examples_dir() / "sana-4.8b-8gpu/config.json")
+    assert report.plan is not None and (report.plan.ranks, report.plan.micro_batches_per_step) == (8, 8)
+    assert report.plan.images_per_step == 64
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

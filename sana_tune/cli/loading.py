@@ -9,12 +9,10 @@ from pathlib import Path
 from sana_tune.config.arguments import parse_overrides
 from sana_tune.config.env_file import settings_of
 from sana_tune.config.files import find_config, read_environment_files
+from sana_tune.config.launching import FALLBACKS, VARIABLES
 from sana_tune.config.legacy import known_foreign_keys
 from sana_tune.config.load import Loaded, load
 from sana_tune.config.schema import section_of
-from sana_tune.errors import Problem, UserError
-
-ONE = (None, "", "0", "1")  # values of TRAINING_NUM_PROCESSES that ask for one process
 
 
 def load_asked(
@@ -28,24 +26,14 @@ def load_asked(
     env, example = overrides.pop("env", env), overrides.pop("example", example)
     variables = read_environment_files(env, os.environ, Path.cwd())
     os.environ.update(variables)
-    check_processes()
     path, notes = find_config(config, env, example, os.environ, Path.cwd())
     if path is not None and path.suffix != ".env":
         notes = (*notes, *_idle(variables))
     return load(path, overrides), notes
 
 
-def check_processes() -> None:
-    """Raise UserError where the environment asks for more than this one process."""
-    asked = {name: os.environ.get(name) for name in ("TRAINING_NUM_PROCESSES", "TRAINING_NUM_MACHINES")}
-    what = "training runs in one process for now; found {}"
-    problems = [Problem(name, what.format(value), "unset it") for name, value in asked.items() if value not in ONE]
-    if problems:
-        raise UserError(*problems)
-
-
 def _idle(variables: dict[str, str]) -> list[str]:
     """A note on settings in config.env that another config file makes idle."""
-    known = frozenset((*section_of(), *known_foreign_keys())) - {"mixed_precision"}
+    known = frozenset((*section_of(), *known_foreign_keys())) - {*FALLBACKS.values(), *VARIABLES.values()}
     names = [name for name, _ in settings_of(variables, known).values()]
     return [f"config.env: {', '.join(names)} has no effect beside a config file: settings come from that"] * bool(names)

@@ -12,6 +12,7 @@ import typer
 from sana_tune import __version__
 from sana_tune.config.files import examples_dir, list_examples
 from sana_tune.errors import Interrupted, UserError
+from sana_tune.ranks import Ending, Rank, live_with_launcher, own_rank, told_in
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -70,6 +71,12 @@ def train(
         from sana_tune.cli.print_config import config_lines
 
         return typer.echo("\n".join(config_lines(loaded)))
+    from sana_tune.launch import is_wanted, launch
+
+    if is_wanted(loaded):
+        named = {"--config": config, "--env": env, "--example": example}
+        flags = [word for flag, value in named.items() if value is not None for word in (flag, value)]
+        return launch(loaded, ["train", *flags, *context.args], notes=notes, restart=restart)
     from sana_tune.run import run  # seconds of torch: only now that the files are known to be right
 
     run(loaded, notes=notes, restart=restart)
@@ -336,7 +343,29 @@ def examples_copy(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs the command and turns what went wrong into one message and an exit code (contracts §2)."""
+    if (folder := told_in()) is not None:
+        sys.exit(launched(folder, arguments))
     sys.exit(exit_code(arguments))
+
+
+def launched(folder: Path, arguments: Sequence[str] | None = None) -> int:
+    """`exit_code` of a process that `train` launched: what it has to say is said by the launcher, once for all.
+
+    To leave after a signal is no failure: the launcher would end the others for that.
+    """
+    live_with_launcher()
+    rank = (own_rank() or Rank()).rank
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="sana_tune")
+        ending = Ending(rank, 0)
+    except SystemExit as ended:
+        ending = Ending(rank, int(ended.code or 0))
+    except UserError as error:
+        ending = Ending(rank, 1, error.problems, lost=error.is_of_others)
+    except Interrupted as error:
+        ending = Ending(rank, error.exit_code)
+    ending.write(folder)
+    return 0 if ending.code > 128 else ending.code
 
 
 def exit_code(arguments: Sequence[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """File, environment and command line → one flat mapping of our own keys to raw values, each with its origin.
 
-The command line wins over the file, the file over the environment, the environment over the default.
+The command line wins over the file, the file over the environment, the environment over the default. For processes and
+machines the environment wins over the file (launching.py).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from sana_tune.config.datasets import DATASET_KINDS
 from sana_tune.config.env_file import extra_arguments, read_env, settings_of
 from sana_tune.config.findings import Findings, is_of_the_file
 from sana_tune.config.formats import read
+from sana_tune.config.launching import FALLBACKS, given_by_variables, lay_the_rest
 from sana_tune.config.legacy import known_foreign_keys
 from sana_tune.config.placeholders import expand_env
 from sana_tune.config.schema import SECTIONS, section_of
@@ -48,11 +50,12 @@ def flatten(path: Path | None, overrides: Mapping[str, Any], environ: Mapping[st
     raw: dict[str, Any] = {}
     origins: dict[str, str] = {}
     secret: set[str] = set()
-    value = environ.get("MIXED_PRECISION")
-    if value:
-        raw["mixed_precision"], origins["mixed_precision"] = value, "environment: MIXED_PRECISION"
-    for layer in (_from_file(path, content), _from_flags(overrides)):
+    for name, key in FALLBACKS.items():
+        if value := environ.get(name):
+            raw[key], origins[key] = value, f"environment: {name}"
+    for layer in (_from_file(path, content), _from_variables(environ), _from_flags(overrides)):
         _lay(layer, raw, origins, secret, environ, findings)
+    lay_the_rest(raw, origins, environ, findings)
     ours = {key: origins.get(key, DEFAULT) for key in section_of()}
     return Flat(raw, ours, frozenset(secret), _is_ours(content))
 
@@ -101,6 +104,10 @@ def _from_file(path: Path | None, content: Mapping[str, Any]) -> list[_Given]:
         for key, value in content.items()
         if not is_of_the_file(key) and not _still_default(plain(key), value, defaults)
     ]
+
+
+def _from_variables(environ: Mapping[str, str]) -> list[_Given]:
+    return [_Given(key, value, f"environment: {name}") for name, key, value in given_by_variables(environ)]
 
 
 def _from_flags(overrides: Mapping[str, Any]) -> list[_Given]:

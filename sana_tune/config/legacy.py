@@ -39,8 +39,6 @@ LATER_TRAINING: dict[str, tuple[Any, ...]] = {
     "init_lora_step": (),
     "layer_freeze_strategy": (),
     "mixflow_enabled": (),
-    "num_machines": (1, "1"),
-    "num_processes": (1, "1"),
     "optimizer_cpu_offload_method": (),
     "optimizer_offload_gradients": (),
     "pretrained_gemma_model_name_or_path": (),
@@ -147,8 +145,8 @@ NO_EFFECT: dict[str, str] = {
     "validation_adapter_name": "it belongs to validation_adapter_path, which cannot be used",
     "validation_adapter_strength": "it belongs to validation_adapter_path, which cannot be used",
     "validation_multigpu": "pictures are shared out over the processes there are",
-    "validation_seed_source": "noise is always drawn on the CPU, so that pictures are the same on every machine",
     "validation_stitch_input_location": "it belongs to validation_input, which cannot be used",
+    "validation_seed_source": "noise is always drawn on the CPU, so that pictures are the same on every machine",
 }
 
 _NO_IMG2IMG = "Sana draws from text alone, and there is nothing to put a picture in; an eval dataset compares pictures"
@@ -159,6 +157,8 @@ REFUSED: dict[str, str] = {
     "validation_input": _NO_IMG2IMG,
     "validation_adapter_path": _NO_ADAPTERS,
     "validation_adapter_config": _NO_ADAPTERS,
+    "deepspeed_config": "there is no DeepSpeed here: FSDP2 shards weights, gradients and optimizer states alike; write "
+    "`distributed_type: FSDP` and `fsdp_version: 2` into accelerate's file (docs/multi-gpu.md)",
     "disable_after_epoch_step": "use end_step, which ends a dataset at a step; weights do not fade here",
     "delete_unwanted_images": "nothing is ever deleted from your folders; `sana_tune check --left-out` lists the files "
     "that are left out, one path a line",

@@ -10,6 +10,7 @@ from typing import Any
 from sana_tune.config.choices import LR_CYCLES_USED_BY, LR_END_DEFAULTS, LR_POWER_USED_BY
 from sana_tune.config.datasets import ConditioningDataset, EvalDataset, ImageDataset
 from sana_tune.config.evaluation_rules import known_eval_datasets, unused_evaluation_settings
+from sana_tune.config.launch_rules import LAUNCH_RULES
 from sana_tune.config.optimizers import keeps_bf16, options_of, stuck_share
 from sana_tune.config.schema import Config
 from sana_tune.config.source_rules import SOURCE_RULES, unused_source_settings
@@ -542,6 +543,7 @@ CONFIG_RULES: tuple[Callable[[Config], Problem | None], ...] = (
     one_weighting,
     *VALIDATION_RULES,
     scripts_name_settings,
+    *LAUNCH_RULES,
 )
 
 

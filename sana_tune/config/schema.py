@@ -314,6 +314,29 @@ class TrainConfig(Section):
     )
 
 
+class LaunchConfig(Section):
+    num_processes: int | None = setting(
+        None, "processes over all machines, one a GPU; unset = accelerate's file, else 1", unit="processes", ge=1
+    )
+    num_machines: int | None = setting(
+        None, "machines that train together; unset = accelerate's file, else 1", unit="machines", ge=1
+    )
+    machine_rank: int | None = setting(None, "number of this machine, 0 = the first one", ge=0)
+    main_process_ip: str | None = setting(None, "address of the first machine", min_length=1)
+    main_process_port: int | None = setting(
+        None, "port that the first machine listens at; unset = a free one, for one machine", ge=1, le=65535
+    )
+    accelerate_config: str | None = setting(
+        None, "accelerate's config file; unset = the one of `accelerate config` where that asks for several processes"
+    )
+    accelerate_extra_args: str | None = setting(None, 'further words for `accelerate launch`, such as "--gpu_ids 0,1"')
+
+    @property
+    def processes(self) -> int:
+        """Processes over all machines."""
+        return self.num_processes or 1
+
+
 class EmaConfig(Section):
     use_ema: bool = setting(False, "keep an fp32 exponential moving average of the weights")
     ema_decay: float = setting(0.995, "decay, ramped as min(decay, (1+s)/(10+s))", ge=0, lt=1)
@@ -470,6 +493,7 @@ class Config(Section):
     rollout: RolloutConfig = Field(description="Scheduled sampling (rollouts)")
     optimizer: OptimizerConfig = Field(description="Optimizer and learning rate")
     train: TrainConfig = Field(description="Run, length and checkpoints")
+    launch: LaunchConfig = Field(description="Processes and machines")
     ema: EmaConfig = Field(description="Average of the weights (EMA)")
     validation: ValidationConfig = Field(description="Validation pictures")
     evaluation: EvaluationConfig = Field(description="Held-out loss, alarms and CLIP score")

@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,27 @@ from sana_tune.store import sync_folder
 from sana_tune.train import folders
 from sana_tune.train.folders import FRESH, Checkpoint
 from sana_tune.train.optim import load_optimizer_state
+from sana_tune.train.sharding import gathered, put
 from sana_tune.train.step import Parts
 from sana_tune.watch.events import Saved
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OPTIMIZER = "optimizer.pt"
+
+
+@dataclass(frozen=True)
+class State:
+    """What of the parts is written, every tensor whole."""
+
+    weights: Mapping[str, Tensor]
+    average: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, parts: Parts) -> State:
+        """Collective where the tensors are split over processes; elsewhere they are the parts' own, not copies."""
+        states = (parts.bare.state_dict(), parts.ema.state_dict(), parts.optimizer.state_dict())
+        return cls(*(gathered(state) for state in states))
 
 
 class Checkpoints:
@@ -54,9 +71,11 @@ class Checkpoints:
         """
         if parts.accelerator.is_main_process:
             folders.clean(self.output_dir)
+            if checkpoint is not None:
+                folders.verify(checkpoint)
+        parts.accelerator.wait_for_everyone()
         if checkpoint is None:
             return Progress()
-        folders.verify(checkpoint)
         folders.check_identity(checkpoint, self.identity)
         _load_weights(checkpoint.path / "transformer" / WEIGHTS, parts.bare.state_dict())
         _load_ema(parts, checkpoint)
@@ -71,9 +90,10 @@ class Checkpoints:
         started = time.perf_counter()
         path = self.output_dir / folders.folder_name(progress.step)
         removed: list[str] = []
+        state = State.of(parts)
         if parts.accelerator.is_main_process:
             try:
-                removed = self._save(parts, progress, path)
+                removed = self._save(parts, progress, path, state)
             except (OSError, SafetensorError) as error:
                 what = f"the checkpoint could not be written: {error}"
                 fix = "make room or check the disk; started again, the run goes on from its newest checkpoint"
@@ -92,13 +112,13 @@ class Checkpoints:
             return None
         return self.save(parts, progress)
 
-    def _save(self, parts: Parts, progress: Progress, path: Path) -> list[str]:
+    def _save(self, parts: Parts, progress: Progress, path: Path, state: State) -> list[str]:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         removed = self._prune(room_for=1)
         staged = folders.aside(self.output_dir, progress.step, "tmp")
         staged.mkdir()
         try:
-            serial = self._write(parts, progress, staged)
+            serial = self._write(parts, progress, staged, state)
             folders.publish(staged, path, progress.step)
         except BaseException:
             shutil.rmtree(staged, ignore_errors=True)
@@ -106,13 +126,12 @@ class Checkpoints:
         self._verified.add((path, serial))
         return removed + self._prune(room_for=0)
 
-    def _write(self, parts: Parts, progress: Progress, staged: Path) -> int:
+    def _write(self, parts: Parts, progress: Progress, staged: Path, state: State) -> int:
         """Write and sync everything of a checkpoint, the manifest last. Returns the serial."""
-        _write_model(parts, staged / "transformer", parts.bare.state_dict())
-        average = parts.ema.state_dict()
-        if average:
-            _write_model(parts, staged / "transformer_ema", average)
-        _write_optimizer(parts.optimizer, staged / OPTIMIZER)
+        _write_model(parts, staged / "transformer", state.weights)
+        if state.average:
+            _write_model(parts, staged / "transformer_ema", state.average)
+        _write_optimizer(state.optimizer, staged / OPTIMIZER)
         _write_json(staged / folders.PROGRESS, {**progress.to_json(), "run": self.identity})
         names = sorted(str(each.relative_to(staged).as_posix()) for each in staged.rglob("*") if each.is_file())
         for name in names:
@@ -161,9 +180,9 @@ def _write_model(parts: Parts, folder: Path, state: Mapping[str, Tensor]) -> Non
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS, {"format": "pt"})
 
 
-def _write_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+def _write_optimizer(state: Mapping[str, Any], path: Path) -> None:
     try:
-        torch.save(optimizer.state_dict(), path)
+        torch.save(state, path)
     except RuntimeError as error:  # what torch's writer makes of a full disk
         raise OSError(f"torch.save of {path.name} failed: {str(error).splitlines()[0]}") from error
 
@@ -186,7 +205,7 @@ def _load_weights(path: Path, targets: Mapping[str, Tensor]) -> None:
             if tensor.shape != target.shape or tensor.dtype != target.dtype:
                 found, wanted = _describe(tensor), _describe(target)
                 raise UserError(Problem(str(path), f"{name} is {found}, this run's is {wanted}", FRESH))
-            target.copy_(tensor)
+            put(target, tensor)
 
 
 def _describe(tensor: Tensor) -> str:

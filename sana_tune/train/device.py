@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
 
 from sana_tune.errors import Problem, UserError
 from sana_tune.hardware import no_fp16_on_cpu
+from sana_tune.ranks import own_rank
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+# Of a collective operation. Nobody waits in one for caching or drawing (train.crew), but a rank may have to mend a
+# cache or compile its blocks while the others are at their step already.
+COLLECTIVE_S = 5400
 
 
 def resolve_device(wanted: str) -> str:
@@ -30,15 +36,32 @@ def make_accelerator(wanted: str, mixed_precision: str) -> Accelerator:
     """The Accelerator of a run. mixed_precision: "bf16", "fp16" (not on a CPU: UserError) or "no".
 
     Accelerate keeps its settings once per process; they are forgotten first, so that a second run in one process
-    may have another precision.
+    may have another precision. Where this process is one of several it is connected to the others afterwards, or
+    UserError says that it is not.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import InitProcessGroupKwargs
 
     device = resolve_device(wanted)
     if device == "cpu" and mixed_precision == "fp16":
         raise UserError(no_fp16_on_cpu())
     AcceleratorState._reset_state()
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision)
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=COLLECTIVE_S))
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision, kwargs_handlers=[patience])
     accelerator.scaler = None  # the step scales the loss itself (train.scale)
+    check_connected(accelerator)
     return accelerator
+
+
+def check_connected(accelerator: Accelerator) -> None:
+    """Raise UserError when a launcher started several processes and this one is not connected to all of them."""
+    launched = own_rank()
+    if launched is None or (accelerator.num_processes, accelerator.process_index) == (launched.ranks, launched.rank):
+        return
+    kind = str(accelerator.distributed_type).rpartition(".")[2]
+    what = (
+        f"rank {launched.rank} of {launched.ranks} processes must be connected to the others; accelerate made it "
+        f"number {accelerator.process_index} of {accelerator.num_processes} (distributed type {kind})"
+    )
+    raise UserError(Problem("processes", what, "train on CUDA GPUs or with --device cpu; on others in one process"))

@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sana_tune.train.sharding import local, put
+
 Place = Literal["accelerator", "cpu"]
 Shown = Literal["comparison", "ema_only", "none"]
 
@@ -51,6 +53,7 @@ class Ema:
         self._weights: list[Tensor] = [parameter for _, parameter in pairs]
         self._same_dtype = all(parameter.dtype == torch.float32 for parameter in self._weights)
         self._copies = Copies(self._weights) if place == "cpu" else None
+        self._is_split = any(local(parameter) is not parameter for parameter in self._weights)
         device = "cpu" if place == "cpu" else None
         self._shadow = [parameter.detach().to(device, torch.float32, copy=True) for parameter in self._weights]
 
@@ -99,7 +102,7 @@ class Ema:
     def reset(self) -> None:
         """Start again from the weights as they are."""
         self._settle()
-        torch._foreach_copy_(self._shadow, self._weights)
+        torch._foreach_copy_(list(map(local, self._shadow)), list(map(local, self._weights)))
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -109,6 +112,10 @@ class Ema:
         else a second set of weights is on the device.
         """
         self._settle()
+        if self._is_split:
+            with self._swapped_in_place():
+                yield
+            return
         own = [parameter.data for parameter in self._weights]
         try:
             for parameter, average in zip(self._weights, self._shadow, strict=True):
@@ -117,6 +124,17 @@ class Ema:
         finally:
             for parameter, data in zip(self._weights, own, strict=True):
                 parameter.data = data
+
+    @contextmanager
+    def _swapped_in_place(self) -> Iterator[None]:
+        """`swapped` for weights that are split over processes: FSDP2 gathers them from where they have always been."""
+        weights, averages = list(map(local, self._weights)), list(map(local, self._shadow))
+        own = [weight.clone() for weight in weights]
+        try:
+            torch._foreach_copy_(weights, averages)
+            yield
+        finally:
+            torch._foreach_copy_(weights, own)
 
     def views(self) -> Iterator[tuple[str, AbstractContextManager[None]]]:
         """(suffix, context) for each set of weights that is shown: the raw ones, then the average."""
@@ -134,7 +152,8 @@ class Ema:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state_dict` gave. Raises KeyError when a name is missing."""
         self._settle()
-        torch._foreach_copy_(self._shadow, [state[name].to(self._shadow[0].device) for name in self._names])
+        for name, average in zip(self._names, self._shadow, strict=True):
+            put(average, state[name])
 
 
 class Copies:

@@ -15,7 +15,7 @@ from sana_tune.train.checkpoint import Checkpoints
 from sana_tune.train.diagnosis import diagnose, diagnosed
 from sana_tune.train.evaluate import Evaluator, NoEvaluator
 from sana_tune.train.folders import Checkpoint
-from sana_tune.train.signals import Stop
+from sana_tune.train.signals import SIGNALS, Stop
 from sana_tune.train.step import Parts, StepResult, passed_over, summed, train_step
 from sana_tune.watch.events import Event, Finished, Noticed, Started, Stepped, Stopped, Validated
 from sana_tune.watch.sinks import Watcher
@@ -129,13 +129,14 @@ def tell(watcher: Watcher, event: Event | None) -> None:
 
 
 def stop_agreed(parts: Parts, stop: Stop) -> bool:
-    """Whether any rank was asked to stop."""
+    """Whether any rank was asked to stop, as all of them know it by now."""
     if parts.accelerator.num_processes == 1:
         return stop.requested
-    flag = torch.tensor(float(stop.requested), device=parts.accelerator.device)
-    if summed(parts.accelerator, flag).item() > 0 and not stop.requested:
-        stop.request()
-    return stop.requested
+    asked = [float(stop.signal_number == number) for number in SIGNALS]
+    heard = summed(parts.accelerator, torch.tensor(asked, device=parts.accelerator.device)).tolist()
+    if any(heard) and not stop.requested:
+        stop.request(SIGNALS[heard.index(max(heard))])
+    return any(heard)  # a signal that came just now is for the next time: the others do not know of it
 
 
 class Timed:

@@ -15,6 +15,7 @@ from sana_tune.config.optimizers import OPTIMIZER_FACTS, keeps_bf16, options_of
 from sana_tune.log import log
 from sana_tune.train.own import AdamWBf16, Came
 from sana_tune.train.rounding import Rounded
+from sana_tune.train.sharding import like
 
 # Sana's tables that are added to modulations: biases of more than one dimension.
 _TABLES = ("scale_shift_table",)
@@ -191,7 +192,7 @@ def _moved(name: str, value: Any, parameter: nn.Parameter, moved: dict[int, Tens
         return value
     device = parameter.device
     if id(value) not in moved:
-        moved[id(value)] = value.to(device)
+        moved[id(value)] = like(parameter, value.to(device))
     return moved[id(value)]
 
 

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from sana_tune.errors import Interrupted
+from sana_tune.ranks import Rank, own_rank
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -94,7 +95,8 @@ class Stop:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._deferred and not self.requested:
             self.signal_number = number
-            _tell("\nasked to stop: this step is finished and saved; once more leaves at once\n")
+            if (own_rank() or Rank()).is_main:
+                _tell("\nasked to stop: this step is finished and saved; once more leaves at once\n")
             return
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)

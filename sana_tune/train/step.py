@@ -30,6 +30,7 @@ from sana_tune.train.release import Release
 from sana_tune.train.roll_in import Mixture, roll_in, velocity_of
 from sana_tune.train.rounding import place
 from sana_tune.train.scale import LossScale, NoLossScale
+from sana_tune.train.sharding import local, whole_norm
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -288,12 +289,20 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def clip(parameters: Sequence[nn.Parameter], limit: float, method: Literal["norm", "value"]) -> Tensor:
-    """Clip the gradients in place and return their norm before that (an fp32 scalar on the device)."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    """Clip the gradients in place and return their norm before that (an fp32 scalar on the device).
+
+    Of tensors that are split over processes each clips its part, by the norm of the whole.
+    """
+    whole = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [local(gradient) for gradient in whole]
     # In fp32, also of bf16 gradients: bf16 would round the norm by up to 0.4 %.
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
+    norm = whole_norm(norm, whole)
     if method == "norm" and limit > 0:
-        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        if gradients[0] is whole[0]:
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        else:
+            torch._foreach_mul_(gradients, torch.clamp(limit / (norm + 1e-6), max=1.0))
     elif limit > 0:
         torch._foreach_clamp_min_(gradients, -limit)
         torch._foreach_clamp_max_(gradients, limit)

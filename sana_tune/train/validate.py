@@ -128,6 +128,7 @@ class Validator:
     release: lets go of what drawing holds (the VAE) after each run.
     rank, ranks, gather: of so many processes this one draws every `ranks`-th picture; gather gives what all of them
              hand to it, in the order of their ranks. The contact sheet is the first one's, from files that all see.
+    writes:  whether this process writes what it draws (where all draw each picture together, one of them does).
     """
 
     def __init__(
@@ -147,7 +148,9 @@ class Validator:
         rank: int = 0,
         ranks: int = 1,
         gather: Callable[[Any], Sequence[Any]] = lambda value: [value],
+        writes: bool = True,
     ):
+        self._writes = writes
         self.folder = folder
         self.pictures = list(pictures)
         self._draw, self._encode, self._sheet = draw, encode, sheet
@@ -199,7 +202,7 @@ class Validator:
             progress, [(pictures[place % len(pictures)].name, failure) for place, _, failure in everyones if failure]
         )
         sheet = ""
-        if files and self._sheet is not None and self._rank == 0:
+        if files and self._sheet is not None and self._rank == 0 and self._writes:
             sheet, problem = self._sheet_of(pictures, progress, suffixes)
             failed += (problem,) if problem else ()
         return Validated(progress, files, failed, time.perf_counter() - started, sheet)
@@ -226,7 +229,9 @@ class Validator:
     def _one(self, picture: Picture, path: Path, progress: Progress, *, seen: bool) -> str:
         """Draw one and write it. Answers why that failed, or ""."""
         try:
-            write_atomically(path, self._encode(self._draw(picture, progress, seen=seen)))
+            pixels = self._draw(picture, progress, seen=seen)
+            if self._writes:
+                write_atomically(path, self._encode(pixels))
         except FAILURES as error:
             log.debug("drawing %s failed", path.name, exc_info=error)
             return f"{type(error).__name__}: {first_line(error)}"

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from sana_tune.cli.loading import load_asked
-from sana_tune.errors import UserError
 from tests.config.helpers import write_files
 
 
@@ -35,7 +34,8 @@ def test_the_variables_of_config_env_join_the_environment(place: Path) -> None:
     assert notes == ("config.env: LEARNING_RATE has no effect beside a config file: settings come from that",)
 
 
-def test_several_processes_are_refused_wherever_they_are_asked_for(place: Path) -> None:
-    (place / "config" / "config.env").write_text("TRAINING_NUM_PROCESSES=8\n")
-    with pytest.raises(UserError, match="TRAINING_NUM_PROCESSES: training runs in one process for now; found 8"):
-        load_asked([])
+def test_processes_are_asked_for_by_the_environment_too(place: Path) -> None:
+    (place / "config" / "config.env").write_text("TRAINING_NUM_PROCESSES=8\nMAIN_PROCESS_PORT=29\n")
+    loaded, notes = load_asked([])
+    assert loaded.config.launch.processes == 8 and loaded.origins["num_processes"].endswith("TRAINING_NUM_PROCESSES")
+    assert notes == ()

@@ -140,7 +140,7 @@ BAD: dict[str, Any] = {
     "a word for noise levels": {**MODEL, "flow_custom_timesteps": "0.5;0.6"},
     "no such optimizer": {**MODEL, "optimizer": "adamw"},
     "a size that is none": {**MODEL, "validation_resolution": "large"},
-    "what is not built yet": {**MODEL, "num_processes": 2},
+    "what is not built yet": {**MODEL, "fuse_optimizer": True},
     "what is refused": {**MODEL, "delete_unwanted_images": True},
     "a renamed key with a bad value": {**MODEL, "validation_steps": -5},
     "a list": [],

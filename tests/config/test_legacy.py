@@ -25,9 +25,9 @@ def test_renamed_keys_lead_to_ours() -> None:
 
 
 def test_off_values() -> None:
-    assert legacy.is_off("mixflow_enabled", "false") and legacy.is_off("num_machines", 1)
-    assert not legacy.is_off("mixflow_enabled", True) and not legacy.is_off("num_machines", 2)
-    assert not legacy.is_off("num_processes", True), "true is not the number 1"
+    assert legacy.is_off("mixflow_enabled", "false") and legacy.is_off("gradient_precision", "unmodified")
+    assert not legacy.is_off("mixflow_enabled", True) and not legacy.is_off("gradient_precision", "fp32")
+    assert not legacy.is_off("vae_cache_preprocess", 1), "1 is not true"
 
 
 def test_every_key_of_simpletuners_files_is_known() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -12,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -249,3 +251,27 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def ranks(count: int, function: Callable[[int], Any], folder: Path, **environ: str) -> list[Child]:
+    """`function(rank)` in so many forks that a launcher seems to have started together; what rank n prints goes to
+    folder/rank-n.txt. environ: further variables."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def life(rank: int) -> Any:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(True)  # this process was none of several
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1", **environ)
+        return function(rank)
+
+    return [Child(partial(life, rank), folder / f"rank-{rank}.txt") for rank in range(count)]
+
+
+def all_well(children: Sequence[Child], timeout_s: float = 120.0) -> None:
+    """Wait for the children. AssertionError with what they said unless all end with 0."""
+    codes = [child.wait(timeout_s) for child in children]
+    assert not any(codes), "\n".join(f"{code}: {child}" for code, child in zip(codes, children, strict=True))

@@ -155,7 +155,28 @@ MISTAKES: dict[str, tuple[Change, str, tuple[str, ...]]] = {
     "a stray word": (nothing, "tain", ("'tain' is no --key value",)),
     "unknown optimizer": (nothing, "--optimizer adamw", ("optimizer", "the nearest is optimi-adamw")),
     "LoRA": (nothing, "--model_type lora", ("'lora' is not built yet", "use full")),
-    "several processes by a key": (edit(num_processes=2), "", ("num_processes: changes what is trained",)),
+    "no number of processes": (nothing, "--num_processes many", ("num_processes", "integer; found 'many'")),
+    "machines that do not know each other": (
+        edit(num_processes=4, num_machines=2), "--machine_rank 1", ("missing: main_process_ip, main_process_port",)
+    ),
+    "a machine that is none of them": (
+        edit(num_processes=2, machine_rank=1), "", ("must be below num_machines 1", "set num_machines")
+    ),
+    "machines of unequal size": (
+        edit(num_processes=3, num_machines=2, main_process_ip="a", main_process_port=1),
+        "--machine_rank 0", ("counts the processes of all 2 machines", "use a multiple of 2"),
+    ),
+    "DeepSpeed": (edit(deepspeed_config={"a": 1}), "", ("deepspeed_config: cannot be used", "FSDP2 shards")),
+    "DeepSpeed for accelerate": (
+        nothing, "--accelerate_extra_args=--use_deepspeed", ("DeepSpeed cannot be used here", "FSDP2 shards")
+    ),
+    "accelerate's own CPU": (nothing, "--accelerate_extra_args=--cpu", ("--cpu cannot be given here", "--device cpu")),
+    "no file of accelerate": (
+        nothing, "--accelerate_config none.yaml", ("none.yaml: the accelerate config must exist and does not",)
+    ),
+    "released on several": (
+        edit(optimizer_release_gradients=True, num_processes=2), "", ("needs one process: several sum",)
+    ),
     # the form of the files
     "single quotes": (write(CONFIG, "{'seed': 1}"), "", (f"{CONFIG}, line 1", "double quotes")),
     "Python's words": (write(CONFIG, '{"use_ema": True}'), "", ("true, false and null",)),
@@ -489,13 +510,12 @@ def test_a_mistake_is_told_and_nothing_is_begun(mistake, place, capsys):
 
 
 @pytest.mark.parametrize("name", ["TRAINING_NUM_PROCESSES", "TRAINING_NUM_MACHINES"])
-@pytest.mark.parametrize("number", ["2", "many"])
-def test_several_processes_are_refused(name, number, place, monkeypatch, capsys):
-    monkeypatch.setenv(name, number)
+def test_a_variable_that_is_no_number_is_told(name, place, monkeypatch, capsys):
+    monkeypatch.setenv(name, "many")
     before = contents(place)
     assert exit_code(["train"]) == 1
     said = capsys.readouterr().err
-    assert f"{name}: training runs in one process for now; found {number}" in said
+    assert f"environment: {name}: must be a valid integer; found 'many'" in said
     assert contents(place) == before
 
 

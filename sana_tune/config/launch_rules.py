@@ -1,0 +1,86 @@
+"""Rules about processes and machines. Each is a function of what was asked and answers a Problem or None."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sana_tune.config.launching import is_sharded, split
+from sana_tune.config.schema import Config
+from sana_tune.errors import Problem
+
+
+def machines_are_known(config: Config) -> Problem | None:
+    """Several machines must know which is which and where the first one is."""
+    wanted = config.launch
+    if (wanted.num_machines or 1) == 1:
+        return None
+    needed = {
+        "machine_rank": wanted.machine_rank,
+        "main_process_ip": wanted.main_process_ip,
+        "main_process_port": wanted.main_process_port,
+    }
+    if missing := [key for key, value in needed.items() if value is None]:
+        what = f"{wanted.num_machines} machines need machine_rank, main_process_ip and main_process_port; "
+        fix = "machine_rank differs: 0 on the first machine, 1 on the second …; the other two are the same everywhere"
+        return Problem("num_machines", f"{what}missing: {', '.join(missing)}", fix)
+    return None
+
+
+def machine_is_one_of_them(config: Config) -> Problem | None:
+    """Machines are counted from 0."""
+    rank, machines = config.launch.machine_rank, config.launch.num_machines or 1
+    if rank is None or rank < machines:
+        return None
+    what = f"must be below num_machines {machines}: machines are counted from 0; found {rank}"
+    return Problem("machine_rank", what, f"use 0 to {machines - 1}" if machines > 1 else "set num_machines, or drop it")
+
+
+def machines_share_processes(config: Config) -> Problem | None:
+    """num_processes counts those of all machines, each of which has as many."""
+    machines, processes = config.launch.num_machines or 1, config.launch.num_processes
+    if machines == 1 or (processes is not None and processes % machines == 0):
+        return None
+    found = "it is not set" if processes is None else f"found {processes}"
+    what = f"counts the processes of all {machines} machines, which have as many each; {found}"
+    return Problem("num_processes", what, f"use a multiple of {machines}: the GPUs of all machines together")
+
+
+def release_needs_one_process(config: Config) -> Problem | None:
+    """A gradient that is freed at once cannot be summed with those of other processes."""
+    processes = config.launch.num_processes or 1
+    if processes == 1 or not config.optimizer.optimizer_release_gradients:
+        return None
+    what = f"needs one process: several sum their gradients before a step; found {processes}"
+    return Problem("optimizer_release_gradients", what, "train with one process, or switch it off")
+
+
+def sharding_is_possible(config: Config) -> Problem | None:
+    """FSDP2 splits every tensor by rows: an optimizer that works on blocks of a tensor, or looks at it whole, and what
+    is compiled for whole tensors, have no place there."""
+    wanted = config.launch
+    if (wanted.num_processes or 1) == 1:
+        return None
+    if not is_sharded(wanted.accelerate_config, split(wanted.accelerate_extra_args or "")):
+        return None
+    name, model = config.optimizer.optimizer, config.model
+    if not name.startswith(SHARDABLE):
+        what = f"FSDP2 splits every tensor, which {name} cannot work with"
+        return Problem("optimizer", what, "use optimi-adamw or torch-adamw, or train without FSDP")
+    if model.weights_dtype == "bf16":
+        what = "FSDP2 is for fp32 weights here: it splits them, so that they take little room; found bf16"
+        return Problem("weights_dtype", what, "use weights_dtype fp32, or train without FSDP")
+    if model.dynamo_backend != "no":
+        what = f"blocks that FSDP2 splits are not compiled here; found {model.dynamo_backend}"
+        return Problem("dynamo_backend", what, "use dynamo_backend no, or train without FSDP")
+    return None
+
+
+SHARDABLE = ("optimi-adamw", "torch-adamw", "torch-adam")
+
+LAUNCH_RULES: tuple[Callable[[Config], Problem | None], ...] = (
+    machines_are_known,
+    machine_is_one_of_them,
+    machines_share_processes,
+    release_needs_one_process,
+    sharding_is_possible,
+)

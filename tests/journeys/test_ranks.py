@@ -1,0 +1,371 @@
+"""Several processes train what one would: on the CPU, over gloo, with the nano model.
+
+The processes are forks that believe a launcher has started them, but for one test of `sana_tune train` as users start
+it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sana_tune import run as runs
+from sana_tune.config.load import Loaded, load
+from sana_tune.data import loader
+from sana_tune.data.cache import TensorCache
+from sana_tune.errors import Interrupted, UserError
+from sana_tune.train import folders
+from sana_tune.train.crew import LostRank
+from tests.conftest import ROOT
+from tests.journeys.kit import (
+    Child,
+    all_well,
+    bytes_of,
+    metrics_of,
+    one_thread,
+    output_of,
+    pictures,
+    ranks,
+    small_run,
+    state_of,
+)
+from tests.journeys.test_kills import killed_at, killed_during
+
+KILLS, KILLS_IN_FULL = 5, 20
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # as accelerate's launcher says it
+MOST = 1e-6  # between weights in fp32
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def told(loaded: Loaded, rank: int = 0, spoil: Callable[[int, int], bool] = lambda rank, step: False) -> int:
+    """A run that writes down, beside its output, what this process was given at each step and its weights at the end.
+
+    spoil: (rank, step) → whether the latents of that step are NaN here. Answers the exit code.
+    """
+    given: list[Any] = []
+
+    class Told(loader.Batches):
+        def load(self, step: int) -> loader.Step:
+            loaded = super().load(step)
+            given.append([step, [[micro.index, batch.ids] for micro, batch in loaded]])
+            if spoil(rank, step):
+                return [(micro, replace(batch, latents=batch.latents * float("nan"))) for micro, batch in loaded]
+            return loaded
+
+    built: list[Any] = []
+    build = runs.build_parts
+    runs.build_parts = lambda *asked: built.append(build(*asked)) or built[0]  # type: ignore[assignment]
+    loader.Batches = Told
+    try:
+        runs.run(loaded)
+    except Interrupted as error:
+        return error.exit_code
+    except UserError as error:
+        print(error)
+        return 2 if isinstance(error, LostRank) else 1
+    weights = b"".join(bytes_of(runs_local(each)) for each in built[0].bare.state_dict().values())
+    content = {"given": given, "weights": hashlib.sha256(weights).hexdigest()}
+    output_of(loaded).with_name(f"{output_of(loaded).name}-told-{rank}.json").write_text(json.dumps(content))
+    return 0
+
+
+def runs_local(tensor: torch.Tensor) -> torch.Tensor:
+    from sana_tune.train.sharding import local
+
+    return local(tensor)
+
+
+def together(count: int, path: Path, spoil: Any = None, **environ: str) -> list[Child]:
+    """The run of a config file in so many processes."""
+    extra = {} if spoil is None else {"spoil": spoil}
+    return ranks(count, lambda rank: told(load(path, {}), rank, **extra), path.parent, **environ)
+
+
+def alone(path: Path) -> None:
+    all_well([Child(lambda: told(load(path, {}, {})), path.parent / "alone.txt")])
+
+
+def told_by(path: Path, count: int) -> list[dict[str, Any]]:
+    """What each process of a run wrote down."""
+    return [json.loads((path.parent / f"output-told-{rank}.json").read_text()) for rank in range(count)]
+
+
+def order_of(path: Path, count: int) -> list[list[Any]]:
+    """The ids of each micro-batch of a run, by the run's count, with all processes' together; none stands twice."""
+    found = sorted(micro for part in told_by(path, count) for _, step in part["given"] for micro in step)
+    assert len({index for index, _ in found}) == len(found)
+    return found
+
+
+def worst(one: Path, other: Path) -> float:
+    """The largest difference between the tensors of two checkpoints; all else is the same."""
+    first, second = state_of(one), state_of(other)
+    assert first.keys() == second.keys()
+    plain = {name for name, value in first.items() if not isinstance(value, torch.Tensor)}
+    assert {name: first[name] for name in plain} == {name: second[name] for name in plain}
+    return max(float((first[name] - second[name]).abs().max()) for name in first.keys() - plain if first[name].numel())
+
+
+def new_run(folder: Path, **settings: Any) -> Path:
+    """Seven pictures of two sizes, EMA and a preview; answers the config's path."""
+    if not (folder.parent / "pictures").exists():
+        pictures(folder.parent / "pictures", 5)
+        pictures(folder.parent / "pictures", 2, (64, 32), name="wide")
+    datasets = {"instance_data_dir": str(folder.parent / "pictures")}
+    text = {"dataset_type": "text_embeds", "write_batch_size": 1}
+    small_run(folder, datasets, text, write_batch_size=1, use_ema=True, **settings)
+    return folder / "config.json"
+
+
+DRAWN = {
+    "validation_disable": False, "validation_prompt": "a red circle", "validation_resolution": "32,64",
+    "validation_num_inference_steps": 1, "num_validation_images": 2, "disable_benchmark": True,
+}  # fmt: skip
+
+
+def test_two_processes_train_what_one_does_with_accumulation_two(tmp_path: Path):
+    """Weights, average, optimizer, numbers and pictures; each picture encoded once, and shown once an epoch."""
+    one = new_run(tmp_path / "one", gradient_accumulation_steps=2, gradient_checkpointing=True, **DRAWN)
+    two = new_run(tmp_path / "two", gradient_checkpointing=True, **DRAWN)
+    alone(one)
+    all_well(together(2, two))
+    output = two.parent / "output"
+    assert worst(one.parent / "output/checkpoint-4", output / "checkpoint-4") <= MOST
+    first, second = metrics_of(one.parent / "output"), metrics_of(output)
+    assert [line["loss"] for line in first] == pytest.approx([line["loss"] for line in second], abs=MOST)
+    assert [line["grad_norm"] for line in first] == pytest.approx([line["grad_norm"] for line in second], rel=1e-5)
+
+    order = order_of(two, 2)
+    assert order == order_of(one, 1)
+    seen = Counter(name for _, ids in order[:4] for name in ids)
+    assert len(seen) == 7 and sum(seen.values()) == 8, "an epoch is 4 micro-batches of 2: one picture is filled in"
+    drawn = sorted(path.name for path in (output / "validation_images").iterdir())
+    assert drawn == sorted(path.name for path in (one.parent / "output/validation_images").iterdir())
+    assert len(drawn) == 2 * 2 * 2 and json.loads((output / "plan.json").read_text())["ranks"] == 2
+
+    for cache in ("text", "vae/d0"):
+        index = TensorCache(output / "cache" / cache).index
+        assert len(index) == len(index.files) == len(TensorCache(one.parent / "output/cache" / cache).index)
+    assert (output / "log-rank1.txt").exists() and (output / "pipeline/transformer_ema").is_dir()
+    said = (two.parent / "rank-1.txt").read_text()
+    assert said == "", "others than the first say nothing"
+
+
+def test_a_run_of_two_goes_on_as_one_and_as_four(tmp_path: Path):
+    """With the order that one process would have, and a step of as many pictures."""
+    whole = new_run(tmp_path / "whole", gradient_accumulation_steps=4, max_train_steps=4)
+    half = new_run(tmp_path / "half", gradient_accumulation_steps=2, max_train_steps=2)
+    alone(whole)
+    all_well(together(2, half))
+    ends = {}
+    for count in (1, 4):
+        folder = tmp_path / f"on {count}"
+        shutil.copytree(half.parent, folder)
+        content = json.loads((folder / "config.json").read_text())
+        content |= {"output_dir": str(folder / "output"), "max_train_steps": 4}
+        (folder / "config.json").write_text(json.dumps(content))
+        all_well(together(count, folder / "config.json"))
+        ends[count] = order_of(folder / "config.json", count)
+        assert worst(whole.parent / "output/checkpoint-4", folder / "output/checkpoint-4") <= MOST
+        said = (folder / "output/log.txt").read_text()
+        assert f"gradient_accumulation_steps is {4 // count} instead of 2: a step stays 4 micro-batches" in said
+    assert ends[1] == ends[4] == order_of(whole, 1)[8:]
+    child = together(3, half)[0]
+    assert child.wait() == 1 and "4 micro-batches a step, which 3 processes cannot share evenly" in repr(child)
+
+
+def test_a_bad_number_on_one_process_is_skipped_by_all(tmp_path: Path):
+    path = new_run(tmp_path / "run")
+    all_well(together(2, path, spoil=lambda rank, step: rank == 1 and step == 1))
+    first, second = told_by(path, 2)
+    assert first["weights"] == second["weights"]
+    lines = metrics_of(path.parent / "output")
+    assert [line["step"] for line in lines if line["loss"] is None or line["loss"] != line["loss"]] == [2]
+    assert (path.parent / "output/checkpoint-4").is_dir()
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path: Path):
+    path = new_run(tmp_path / "run", max_train_steps=100_000)
+    children = together(2, path)
+    children[0].until(lambda: "step 1 of" in repr(children[0]))
+    children[1].send(signal.SIGINT)
+    assert [child.wait() for child in children] == [128 + signal.SIGINT] * 2
+    (saved,) = folders.list_complete(path.parent / "output")
+    assert saved.step == metrics_of(path.parent / "output")[-1]["step"]
+
+
+def test_split_by_fsdp2_they_train_the_same_and_go_on_whole(tmp_path: Path):
+    """Every tensor lies in two halves; what is saved, drawn and exported is whole, and loads anywhere."""
+    options = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "num_validation_images": 1}
+    one = new_run(tmp_path / "one", **{**DRAWN, **options})
+    two = new_run(tmp_path / "two", **{**DRAWN, **options, "gradient_accumulation_steps": 1}, max_train_steps=2)
+    alone(one)
+    all_well(together(2, two, **FSDP2))
+    first, second = told_by(two, 2)
+    assert first["weights"] != second["weights"], "each holds its half"
+    content = json.loads(two.read_text())
+    two.write_text(json.dumps({**content, "max_train_steps": 3}))
+    all_well(together(2, two, **FSDP2))
+    two.write_text(json.dumps({**content, "max_train_steps": 4}))
+    all_well(together(1, two))
+    output = two.parent / "output"
+    assert worst(one.parent / "output/checkpoint-4", output / "checkpoint-4") <= MOST
+    names = [path.name for path in (output / "validation_images").iterdir()]
+    assert Counter(name.split("_")[1] for name in names) == {"2": 4, "3": 4, "4": 4}
+
+
+# ---- killed ----
+
+
+@pytest.mark.timeout(1800)
+def test_one_process_is_killed_at_any_moment_and_the_run_goes_on(tmp_path: Path, full: bool):
+    """The other one ends within seconds and says why; what is there is whole, and the end is as if nothing had been."""
+    settings = {"checkpoint_step_interval": 1, "checkpoints_total_limit": 2, "max_train_steps": 6}
+    undisturbed = new_run(tmp_path / "undisturbed", gradient_accumulation_steps=2, **settings)
+    alone(undisturbed)
+    path, luck, kills = new_run(tmp_path / "run", **settings), random.Random(7), Counter[str]()
+    for number in range(KILLS_IN_FULL if full else KILLS):
+        victim = number % 2
+        aims = (partial(killed_at, "checkpoint", luck.randint(1, 30)), partial(killed_during, "checkpoint", 1, 0.5))
+        aim = aims[number // 2 % 2] if victim == 0 else None
+
+        def life(rank: int, victim: int = victim, aim: Callable[[], None] | None = aim) -> int:
+            if rank == victim and aim is not None:
+                aim()
+            return told(load(path, {}), rank)
+
+        children = ranks(2, life, path.parent)
+        if aim is None:
+            begun = partial(has_begun, children[0])
+            children[1].until(begun)
+            time.sleep(luck.uniform(0, 0.5))
+            children[1].send(signal.SIGKILL)
+        code, began_s = children[victim].wait(), time.monotonic()
+        other = children[1 - victim].wait()
+        assert time.monotonic() - began_s < 15
+        if code == 0:  # it had ended before
+            shutil.rmtree(path.parent / "output")
+            continue
+        assert code == -signal.SIGKILL and other == 2, repr(children[1 - victim])
+        assert "the connection to another process of the run is lost" in repr(children[1 - victim])
+        inside = any(each.name.startswith(".checkpoint-") for each in (path.parent / "output").iterdir())
+        kills["inside a write" if inside else "elsewhere"] += 1
+        for each in (path.parent / "output").glob("checkpoint-*"):
+            found = folders.read(each)
+            assert found is not None and folders.damage(found) == []
+        for child in children:
+            child.log.unlink()
+    all_well(together(2, path))
+    assert worst(undisturbed.parent / "output/checkpoint-6", path.parent / "output/checkpoint-6") <= MOST
+    print(f"kills: {dict(kills)}")
+    assert kills["inside a write"] and kills.total() >= (KILLS_IN_FULL if full else KILLS) // 2
+
+
+def has_begun(child: Child) -> bool:
+    return "step " in repr(child) or not child.running
+
+
+def children_of(pid: int) -> list[int]:
+    import psutil
+
+    return [child.pid for child in psutil.Process(pid).children()]
+
+
+def wait_for(text: str, log: Path, program: subprocess.Popen[bytes]) -> None:
+    end_s = time.monotonic() + 120
+    while text not in log.read_text():
+        assert program.poll() is None and time.monotonic() < end_s, log.read_text()
+        time.sleep(0.05)
+
+
+def test_train_launches_them_and_ends_them_together(tmp_path: Path):
+    """As users start it: a killed process ends all, with a word why; Ctrl-C saves; nobody is left behind."""
+    path = new_run(tmp_path / "run", num_processes=2, max_train_steps=100_000)
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+
+    def start(name: str) -> tuple[subprocess.Popen[bytes], Path, list[int]]:
+        log = tmp_path / name
+        with open(log, "wb") as file:
+            command = [sys.executable, "-m", "sana_tune", "train", "--config", str(path)]
+            program = subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=file, stderr=file)
+        wait_for("Training: ", log, program)
+        return program, log, children_of(program.pid)
+
+    program, log, pids = start("killed")
+    assert len(pids) == 2
+    wait_for("step 1 of", log, program)
+    os.kill(pids[1], signal.SIGKILL)
+    began_s = time.monotonic()
+    assert program.wait(60) == 1 and time.monotonic() - began_s < 20
+    said = log.read_text()
+    assert "it was killed by SIGKILL" in said and "the run goes on from its newest checkpoint" in said
+    assert "Traceback" not in said and said.count("error: ") == 1 and said.count("Model: nano") == 1
+
+    program, log, pids = start("interrupted")
+    program.send_signal(signal.SIGINT)
+    assert program.wait(60) == 128 + signal.SIGINT
+    said = log.read_text()
+    assert "Traceback" not in said and said.count("asked to stop") == 1 and "Saved " in said
+    assert "stopped by signal 2" in said.splitlines()[-1]
+    assert not any(alive(pid) for pid in pids)
+    assert len(folders.list_complete(path.parent / "output")) == 1
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_mistakes_are_told_once_before_anything_is_launched(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from sana_tune.cli.main import exit_code
+
+    path = new_run(tmp_path / "run", num_processes=2)
+
+    def said(*words: str) -> str:
+        assert exit_code(["train", "--config", str(path), *words]) == 1
+        told = capsys.readouterr()
+        assert "Launching" not in told.out and "Traceback" not in told.err
+        return told.err
+
+    assert said("--validation_resolution", "33", "--validation_disable", "false").count("error: ") == 1
+    assert "DeepSpeed cannot be used here" in said("--accelerate_extra_args=--use_deepspeed")
+    assert "the run is to have 2 processes; found 1" in said_by_run(path)
+
+
+def said_by_run(path: Path) -> str:
+    with pytest.raises(UserError) as error:
+        runs.run(load(path, {}))
+    return str(error.value)
+
+
+def test_words_that_accelerate_does_not_know_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from sana_tune.cli.main import exit_code
+
+    path = new_run(tmp_path / "run", num_processes=2)
+    words: Sequence[str] = ("train", "--config", str(path), "--accelerate_extra_args=--rdzv_backend")
+    assert exit_code(list(words)) == 1
+    assert "accelerate says: argument --rdzv_backend" in capsys.readouterr().err
