@@ -26,7 +26,7 @@ from sana_tune.store import sync_folder
 from sana_tune.train import folders
 from sana_tune.train.folders import FRESH, Checkpoint
 from sana_tune.train.optim import load_optimizer_state
-from sana_tune.train.sharding import gathered, put
+from sana_tune.train.sharding import gathered, is_sharded, put
 from sana_tune.train.step import Parts
 from sana_tune.watch.events import Saved
 
@@ -90,7 +90,7 @@ class Checkpoints:
         started = time.perf_counter()
         path = self.output_dir / folders.folder_name(progress.step)
         removed: list[str] = []
-        state = State.of(parts)
+        state = State.of(parts) if is_sharded(parts.bare) else None  # all processes gather what is split
         if parts.accelerator.is_main_process:
             try:
                 removed = self._save(parts, progress, path, state)
@@ -112,7 +112,7 @@ class Checkpoints:
             return None
         return self.save(parts, progress)
 
-    def _save(self, parts: Parts, progress: Progress, path: Path, state: State) -> list[str]:
+    def _save(self, parts: Parts, progress: Progress, path: Path, state: State | None) -> list[str]:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         removed = self._prune(room_for=1)
         staged = folders.aside(self.output_dir, progress.step, "tmp")
@@ -126,8 +126,9 @@ class Checkpoints:
         self._verified.add((path, serial))
         return removed + self._prune(room_for=0)
 
-    def _write(self, parts: Parts, progress: Progress, staged: Path, state: State) -> int:
+    def _write(self, parts: Parts, progress: Progress, staged: Path, state: State | None) -> int:
         """Write and sync everything of a checkpoint, the manifest last. Returns the serial."""
+        state = state or State.of(parts)
         _write_model(parts, staged / "transformer", state.weights)
         if state.average:
             _write_model(parts, staged / "transformer_ema", state.average)
