@@ -50,6 +50,7 @@ from sana_tune.prepare import (
 )
 from sana_tune.progress import Progress
 from sana_tune.roles import is_regularised, learns_from_base, windows
+from sana_tune.room import out_of_memory, rehearsal_of
 from sana_tune.train.signals import LeaveNow, Stop
 from sana_tune.watch.card import model_card
 from sana_tune.watch.events import Failed
@@ -113,7 +114,8 @@ def work(prepared: Prepared, before: Mapping[str, Any], watcher: Watcher, stop: 
 
     accelerator = make_accelerator(prepared.config.train.device, precision(prepared.loaded))
     caches = open_caches(prepared)
-    prepared = filled(prepared, caches, accelerator.device, watcher)
+    with out_of_memory(prepared, accelerator.device, "filling the caches"):
+        prepared = filled(prepared, caches, accelerator.device, watcher)
     tell_changes(before, prepared)
     return train(prepared, caches, accelerator, watcher, stop)
 
@@ -222,8 +224,10 @@ def train(prepared: Prepared, caches: Caches, accelerator: Accelerator, watcher:
     from sana_tune.train.loop import fit
 
     config = prepared.config
-    parts = build_parts(prepared, accelerator)
-    with closing(Supply(prepared, caches, redraw_of(prepared), accelerator.device, watcher)) as supply:
+    with out_of_memory(prepared, accelerator.device, "the model and its optimizer"):
+        parts = build_parts(prepared, accelerator)
+    shortage = out_of_memory(prepared, accelerator.device, "training")
+    with shortage, closing(Supply(prepared, caches, redraw_of(prepared), accelerator.device, watcher)) as supply:
         validator = validator_of(prepared, caches, supply.reading.text, parts, stop, watcher.emit)
         try:
             return fit(
@@ -237,6 +241,7 @@ def train(prepared: Prepared, caches: Caches, accelerator: Accelerator, watcher:
                 resume=prepared.checkpoint,
                 export=lambda progress: export(prepared, parts, progress),
                 max_bad_steps=config.train.max_bad_steps,
+                rehearse=rehearsal_of(prepared, caches, parts),
             )
         finally:  # the last word: a line of hours ago is read by nobody
             for notice in validator.lost():

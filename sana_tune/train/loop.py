@@ -63,14 +63,18 @@ def fit(
     resume: Checkpoint | None = None,
     export: Callable[[Progress], str | None] = lambda progress: None,
     max_bad_steps: int = 10,
+    rehearse: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
     """Train from where `resume` stands to the last step; save, draw and tell on the way; at the end `export`.
+
+    rehearse: called once before the first step, when all is restored; a signal leaves it at once.
 
     Returns the last position. Raises Interrupted after saving when a stop was asked for, UserError when the
     checkpoint does not fit, the disk is full, or `max_bad_steps` in a row are not finite.
     """
     progress, spoiled = checkpoints.restore(parts, resume), Spoiled(max_bad_steps)
     epochs = plan.epoch_after(plan.total_steps)
+    rehearse(progress)
     watcher.emit(Started(progress, plan.total_steps, plan.steps_per_epoch, resume and str(resume.path), epochs))
     with stop.deferred():
         watcher.emit(validator.start(parts, progress))
