@@ -65,24 +65,20 @@ def fit(
     max_bad_steps: int = 10,
     rehearse: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
-    """Train from where `resume` stands to the last step; save, draw and tell on the way; at the end `export`.
-
-    rehearse: called once before the first step, when all is restored; a signal leaves it at once.
+    """Restore `resume`, `rehearse`, train to the last step; save, draw and tell on the way; at the end `export`.
 
     Returns the last position. Raises Interrupted after saving when a stop was asked for, UserError when the
     checkpoint does not fit, the disk is full, or `max_bad_steps` in a row are not finite.
     """
-    progress, spoiled = checkpoints.restore(parts, resume), Spoiled(max_bad_steps)
-    epochs = plan.epoch_after(plan.total_steps)
+    progress, spoiled, patience = checkpoints.restore(parts, resume), Spoiled(max_bad_steps), Patience(max_bad_steps)
     rehearse(progress)
-    watcher.emit(Started(progress, plan.total_steps, plan.steps_per_epoch, resume and str(resume.path), epochs))
+    watcher.emit(started(plan, progress, resume))
     with stop.deferred():
         watcher.emit(validator.start(parts, progress))
         if stop_agreed(parts, stop):  # nothing was trained yet, so the next start draws these pictures again
             watcher.emit(Stopped(progress, stop.reason))
             raise stop.interrupted()
         parts.transformer.train()
-        patience = Patience(max_bad_steps)
         with closing(Timed(batches.steps(progress.step, plan.total_steps))) as steps:
             for micro_batches in steps:
                 before, step = progress, passed_over if progress.step in spoiled else train_step
@@ -96,7 +92,7 @@ def fit(
                     watcher.emit(spoiled.add(parts, micro_batches, before, result, held, checkpoints))
                     progress = checkpoints.restore(parts, held)
                     steps.restart(batches.steps(progress.step, plan.total_steps))
-                    watcher.emit(Started(progress, plan.total_steps, plan.steps_per_epoch, str(held.path)))
+                    watcher.emit(started(plan, progress, held))
                     continue
                 patience.end_row(result)
                 if due(plan.save_every, progress):
@@ -115,6 +111,12 @@ def fit(
     if stop.requested:
         raise stop.interrupted()
     return progress
+
+
+def started(plan: Course, progress: Progress, resumed: Checkpoint | None) -> Started:
+    """What is told where training begins, or goes on from a checkpoint."""
+    epochs = plan.epoch_after(plan.total_steps)
+    return Started(progress, plan.total_steps, plan.steps_per_epoch, resumed and str(resumed.path), epochs)
 
 
 def stop_agreed(parts: Parts, stop: Stop) -> bool:

@@ -57,7 +57,7 @@ def test_the_steps_after_it_are_those_without(way: str, accumulation: int):
     states = []
     for rehearsed in (True, False):
         torch.manual_seed(5)
-        parts = make_parts(**WAYS[way], **({"base": tiny_transformer(3)} if way == "base" else {}))
+        parts = make_parts(base=tiny_transformer(3) if way == "base" else None, **WAYS[way])
         for step, batches in enumerate(ToyBatches(accumulation).steps(0, 3)):
             if rehearsed and step != 1:  # before the first one, and where the optimizer has states
                 rehearse(parts, wanted, step)
