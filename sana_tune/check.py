@@ -159,6 +159,23 @@ class _Findings:
     notes: list[str] = field(default_factory=list)
 
 
+def _without_broken(
+    loaded: Loaded,
+    facts: ModelFacts,
+    memory: FileMemory,
+    stores: Mapping[str, Store],
+    surveyed: Survey,
+    looked: Any,
+    found: _Findings,
+) -> Survey:
+    """The survey less the pictures that cannot be read whole, which are problems with `strict`."""
+    if any(record.content_hash is None for record in surveyed.records):  # their hashes are known now
+        surveyed = survey_of(loaded, facts, memory, stores, headers_only=True)
+    if loaded.config.data.strict:
+        found.problems += strict_problems(loaded.datasets, surveyed.records, looked.broken)
+    return surveyed.without(looked.broken)
+
+
 def look_over(
     loaded: Loaded, notes: Sequence[str] = (), *, images: bool = False, report: Progress | None = None
 ) -> Report:
@@ -191,11 +208,7 @@ def look_over(
         found.problems += surveyed.problems
         if images and surveyed.records:
             looked = _whole_pictures(stores, surveyed, memory, report, found)
-            if any(record.content_hash is None for record in surveyed.records):  # their hashes are known now
-                surveyed = survey_of(loaded, facts, memory, stores, headers_only=True)
-            if config.data.strict:
-                found.problems += strict_problems(loaded.datasets, surveyed.records, looked.broken)
-            surveyed = surveyed.without(looked.broken)
+            surveyed = _without_broken(loaded, facts, memory, stores, surveyed, looked, found)
         _held_out(surveyed, looked, found)
         long = _too_long(config, model, output if writable else None, surveyed, texts_of(drawn), found)
         datasets = _datasets(loaded, surveyed, long)

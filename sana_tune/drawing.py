@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,6 @@ def validator_of(
     text: embeddings by key. emit: takes previews. crew: the processes that share the pictures; where the model is split
     over them, they draw each picture together. Raises UserError for a preview decoder that is none of this model.
     """
-    from sana_tune.model.generate import Painter
     from sana_tune.train.sharding import is_sharded
     from sana_tune.train.validate import NoValidator
 
@@ -58,8 +58,7 @@ def validator_of(
         return script_of(prepared, first=crew.is_main)
     device, split = parts.accelerator.device, is_sharded(parts.bare)
     alone = ALONE if split else crew
-    autocast = autocast_dtype(prepared.loaded, prepared.plan.weights.dtype) if device.type != "cpu" else None
-    painter = Painter(prepared.folder, device, autocast=autocast, variant=prepared.config.model.variant)
+    painter = painter_of(prepared, device)
     previews = previews_of(prepared, caches, painter, emit) if prepared.config.validation.validation_preview else None
 
     def draw(picture: Picture, progress: Progress, *, seen: bool) -> np.ndarray:
@@ -79,6 +78,41 @@ def validator_of(
         release=release, stopped=lambda: stop.requested and not split, writes=crew.is_main or not split,
         rank=alone.rank.rank, ranks=alone.ranks, gather=lambda drawn: alone.gather("the validation pictures", drawn),
     )  # fmt: skip
+
+
+def painter_of(prepared: Prepared, device: torch.device) -> Painter:
+    """What draws the run's pictures on a device."""
+    from sana_tune.model.generate import Painter
+
+    autocast = autocast_dtype(prepared.loaded, prepared.plan.weights.dtype) if device.type != "cpu" else None
+    return Painter(prepared.folder, device, autocast=autocast, variant=prepared.config.model.variant)
+
+
+def picture_at_worst(prepared: Prepared, parts: Parts) -> Callable[[], None] | None:
+    """Draws the largest validation picture with all weights that are shown, in one sampler step, and drops it.
+
+    None where this process draws no pictures.
+    """
+    import torch
+
+    from sana_tune.train.validate import pictures_of
+
+    if not prepared.drawn or prepared.config.validation.validation_method == "external-script":
+        return None
+    pictures = pictures_of(prepared.drawn, drawing_sizes(prepared.config, prepared.facts))
+    largest = max(pictures, key=lambda each: each.width_px * each.height_px * (2 if each.guidance > 1 else 1))
+    painter = painter_of(prepared, parts.accelerator.device)
+    text = torch.ones(1, parts.bare.config["caption_channels"])
+
+    def draw() -> None:
+        try:
+            for _, weights in parts.ema.views():
+                with weights:
+                    draw_one(painter, parts.bare, (text, text), replace(largest, steps=1))
+        finally:
+            painter.release()
+
+    return draw
 
 
 def pictures_validator(

@@ -6,7 +6,7 @@ bytes, activations per picture. Other sizes are scaled by latent positions × wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -350,6 +350,37 @@ def ways_to_fit(
                 found.append((frozenset(chosen), Way(changes, total)))
                 break
     return tuple(way for _, way in found)
+
+
+@dataclass(frozen=True)
+class Relief:
+    """Settings to change, by name, and the bytes that training takes less with them alone."""
+
+    changes: dict[str, Any]
+    freed_bytes: int
+
+
+def reliefs(
+    config: Config,
+    facts: ModelFacts,
+    loads: Sequence[Load],
+    *,
+    precision: str | None = None,
+    on_cpu: bool = False,
+    fixed: Collection[str] = (),
+) -> tuple[Relief, ...]:
+    """What each lever frees alone, the most first; of its variants the one that frees most. Estimates, as all here.
+
+    fixed: settings that cannot be changed (those of a checkpoint).
+    """
+    now = _total(config, facts, loads, {}, precision, on_cpu)
+    found = []
+    for lever in _levers(config, facts, max((load.batch_size for load in loads), default=1), precision, on_cpu):
+        variants = [changes for changes in lever.variants if not changes.keys() & set(fixed)]
+        freed = [now - _total(config, facts, loads, changes, precision, on_cpu) for changes in variants]
+        if freed and (most := max(freed)) > 0:
+            found.append(Relief(variants[freed.index(most)], most))
+    return tuple(sorted(found, key=lambda relief: -relief.freed_bytes))
 
 
 def _levers(config: Config, facts: ModelFacts, batch: int, precision: str | None, on_cpu: bool) -> list[_Lever]:

@@ -687,13 +687,13 @@ def memory_lines(plan: Plan) -> list[str]:
 
 def ways_told(memory: MemoryPlan, most: int = 3) -> list[str]:
     """The changes that would make it fit, in the words of config.json: `a 1, b false (12.3 GB)`."""
-    told = []
-    for way in memory.ways[:most]:
-        changes = ", ".join(
-            f"{key} {str(value).lower() if isinstance(value, bool) else value}" for key, value in way.changes.items()
-        )
-        told.append(f"{changes} ({human_bytes(way.total_bytes)})")
-    return told
+    return [f"{changes_told(way.changes)} ({human_bytes(way.total_bytes)})" for way in memory.ways[:most]]
+
+
+def changes_told(changes: Mapping[str, Any]) -> str:
+    """Settings in the words of config.json: `a 1, b false`."""
+    words = {key: "unset" if value is None else str(value) for key, value in changes.items()}
+    return ", ".join(f"{key} {word.lower() if isinstance(changes[key], bool) else word}" for key, word in words.items())
 
 
 def memory_warnings(memory: MemoryPlan) -> list[str]:

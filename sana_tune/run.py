@@ -56,6 +56,7 @@ from sana_tune.progress import Progress
 from sana_tune.publish import comment_of, listeners, pipeline_card, repository_of
 from sana_tune.ranks import Rank, own_rank, wants_shards
 from sana_tune.roles import is_regularised, learns_from_base, windows
+from sana_tune.room import out_of_memory, rehearsal_of
 from sana_tune.train.crew import ALONE, Crew
 from sana_tune.train.signals import LeaveNow, Stop
 from sana_tune.watch.card import Seen
@@ -174,7 +175,8 @@ def work(
 
     accelerator = make_accelerator(prepared.config.train.device, precision(prepared.loaded))
     caches = crew.first_main("the look at the caches", lambda: open_caches(prepared))
-    prepared = filled(prepared, caches, accelerator.device, watcher, crew)
+    with out_of_memory(prepared, accelerator.device, "filling the caches"):
+        prepared = filled(prepared, caches, accelerator.device, watcher, crew)
     if crew.is_main:
         tell_changes(before, prepared)
     return train(prepared, caches, accelerator, scored(prepared, watcher, scorer, accelerator), stop, crew)
@@ -297,8 +299,10 @@ def train(
     from sana_tune.train.loop import fit
 
     config = prepared.config
-    parts = build_parts(prepared, accelerator)
-    with closing(Supply(prepared, caches, redraw_of(prepared), accelerator.device, watcher, crew)) as supply:
+    with out_of_memory(prepared, accelerator.device, "the model and its optimizer"):
+        parts = build_parts(prepared, accelerator)
+    shortage = out_of_memory(prepared, accelerator.device, "training")
+    with shortage, closing(Supply(prepared, caches, redraw_of(prepared), accelerator.device, watcher, crew)) as supply:
         validator = validator_of(prepared, caches, supply.reading.text, parts, stop, watcher.emit, crew)
         try:
             return fit(
@@ -313,6 +317,7 @@ def train(
                 export=lambda progress: exported(prepared, parts, progress, watcher.seen, crew),
                 evaluator=evaluator_of(prepared, caches, supply.reading, lambda: stop.requested),
                 max_bad_steps=config.train.max_bad_steps,
+                rehearse=rehearsal_of(prepared, caches, parts),
             )
         finally:  # the last word: a line of hours ago is read by nobody
             for notice in validator.lost():

@@ -4,6 +4,7 @@ python scripts/benchmark_engine.py rewrites           time on the CPU at 40 M pa
 python scripts/benchmark_engine.py counts             1.6B: kernels, bytes moved and kept, without computing anything
 python scripts/benchmark_engine.py strata             stratified noise levels: how steady a step's loss is, on nano
 python scripts/benchmark_engine.py previews           what previews cost beside the sampling, at the default interval
+python scripts/benchmark_engine.py checks             what a step pays for knowing that its numbers are finite
 python scripts/benchmark_engine.py step [ARGUMENTS]   scripts/benchmark.py over a model of 30 M parameters
 python scripts/benchmark_engine.py ranks               2 processes on 2 cores beside 1 on 1: pictures a second
 sana_tune bench                                       whole steps of any model, on a GPU too
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -44,6 +46,7 @@ MIDDLE: dict[str, Any] = {
     "cross_attention_dim": 384,
 }
 SETTLING = 2
+BLOCK = 4  # steps that are timed together: on a GPU the host runs ahead of it
 
 
 def rewrites() -> dict[str, Callable[[Any], None]]:
@@ -279,6 +282,100 @@ def tell_previews(rounds: int) -> None:
             print(f"{name}, {side} px: 20 steps {plain:.3f} s, with previews {shown:.3f} s ({100 * share:+.1f} %)")
 
 
+@dataclass(frozen=True)
+class CheckCost:
+    """Seconds of a step with and without the checks for bad numbers; the share they cost, of pairs; the read alone."""
+
+    checked_s: float
+    unchecked_s: float
+    share: float
+    read_s: float
+
+
+def check_cost(transformer: dict[str, Any], side: int, batch: int, rounds: int, device: str = "auto") -> CheckCost:
+    """The cost of the flag, of its read on the host and of the loss by noise level, of a model with random weights.
+
+    side: latent positions. Each round times both kinds, a few steps at a time, in turns.
+    """
+    import torch
+
+    from sana_tune.data.batch import Batch
+    from sana_tune.data.order import MicroBatch
+    from sana_tune.data.records import Role
+    from sana_tune.progress import Progress
+    from sana_tune.train import step as steps
+
+    parts = _parts_of(transformer, device)
+    place, config = parts.accelerator.device, parts.bare.config
+    text = torch.randn(batch, 64, config["caption_channels"])
+    latents = torch.randn(batch, config["in_channels"], side, side)
+    names = tuple(str(number) for number in range(batch))
+    one = Batch(latents, text, torch.ones(batch, 64, dtype=torch.int64), None, Role.TRAIN, names)
+    sample = (MicroBatch(0, 0, 0, tuple(range(batch))), one)
+
+    def checked() -> None:
+        steps.train_step(parts, [sample], Progress(0))
+
+    def unchecked() -> None:
+        """The same step, its update whatever the numbers are, and nothing read."""
+        steps.set_rate(parts, 0)
+        parts.accelerator.backward(steps.micro_loss(parts, one, 0, 0).mean)
+        steps.clip(parts.trained, parts.max_grad_norm, parts.clip_method)
+        parts.optimizer.step()
+        parts.optimizer.zero_grad(set_to_none=True)
+
+    def timed(work: Callable[[], object], times: int) -> float:
+        started = time.perf_counter()
+        for _ in range(times):
+            work()
+        if place.type == "cuda":
+            torch.cuda.synchronize(place)
+        return (time.perf_counter() - started) / times
+
+    found: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(SETTLING + rounds):
+        for kind in (True, False) if number % 2 else (False, True):
+            found[kind].append(timed(checked if kind else unchecked, BLOCK))
+    loss = steps.micro_loss(parts, one, 0, 0)
+    loss = loss._replace(mean=loss.mean.detach())
+    norm = loss.mean.clone()
+    read_s = statistics.median(timed(lambda: steps._read(parts, [loss], norm, batch, []), BLOCK) for _ in range(50))
+    with_them, without = (found[kind][SETTLING:] for kind in (True, False))
+    share = statistics.median(mine / other for mine, other in zip(with_them, without, strict=True)) - 1
+    return CheckCost(statistics.median(with_them), statistics.median(without), share, read_s)
+
+
+def _parts_of(transformer: dict[str, Any], device: str) -> Any:
+    """A random model with the default optimizer, in bf16 on an accelerator."""
+    import torch
+
+    from sana_tune.bench import random_model
+    from sana_tune.model.attention import install
+    from sana_tune.schedule import Schedule
+    from sana_tune.train.device import make_accelerator, resolve_device
+    from sana_tune.train.ema import NoEma
+    from sana_tune.train.optim import build_optimizer, parameter_groups
+    from sana_tune.train.step import Parts
+
+    accelerator = make_accelerator(device, "no" if resolve_device(device) == "cpu" else "bf16")
+    torch.manual_seed(0)
+    model = random_model(transformer).to(accelerator.device)
+    install(model)
+    optimizer = build_optimizer("optimi-adamw", parameter_groups(model.named_parameters()), 1e-5)
+    schedule = Schedule("constant", 1e-5, 1_000_000)
+    return Parts(accelerator, model, optimizer, schedule, NoEma(), lambda tokens: 3.0, seed=0)
+
+
+def tell_checks(asked: argparse.Namespace) -> None:
+    """The cost of the checks, of 30 M parameters."""
+    found = check_cost({**MIDDLE, "caption_channels": 256}, asked.side, asked.batch, asked.rounds)
+    print(
+        f"30 M parameters, batch {asked.batch}, {asked.side}x{asked.side} positions: a step {found.checked_s:.4f} s, "
+        f"without the checks {found.unchecked_s:.4f} s ({100 * found.share:+.2f} %); the read alone "
+        f"{1e6 * found.read_s:.0f} µs ({100 * found.read_s / found.unchecked_s:.3f} %)"
+    )
+
+
 def middle_model(folder: Path) -> Path:
     """nano with a transformer of 30 M random parameters. Answers the folder."""
     import torch
@@ -352,9 +449,9 @@ def time_ranks(steps: int, batch: int, side: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the engine's parts are worth.")
-    parser.add_argument("what", choices=("rewrites", "counts", "strata", "previews", "step", "ranks"))
-    parser.add_argument("--batch", type=int, default=2, help="for rewrites and ranks")
-    parser.add_argument("--side", type=int, default=16, help="for rewrites: latent positions a side")
+    parser.add_argument("what", choices=("rewrites", "counts", "strata", "previews", "checks", "step", "ranks"))
+    parser.add_argument("--batch", type=int, default=2, help="for rewrites, checks and ranks")
+    parser.add_argument("--side", type=int, default=16, help="for rewrites, checks, ranks: latent positions a side")
     parser.add_argument("--precision", default="no", choices=("no", "bf16"), help="for rewrites")
     parser.add_argument("--rounds", type=int, default=10, help="for rewrites; steps of ranks; for strata 40 steps each")
     if sys.argv[1:2] == ["step"]:
@@ -374,6 +471,8 @@ def main() -> None:
     if asked.what == "ranks":
         time_ranks(SETTLING + asked.rounds, asked.batch, 32 * asked.side)
         return None
+    if asked.what == "checks":
+        return tell_checks(asked)
     if asked.what == "strata":
         for batch in (1, 2, 4, 8):
             print(f"batch {batch}: variance of the loss {steadiness(batch, 40 * asked.rounds):.2f} times the plain one")

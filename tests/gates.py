@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("check",),
     ("caching",),
     ("drawing",),
+    ("room",),
     ("inventory", "offline", "measuring"),
     ("publish",),
     ("run",),

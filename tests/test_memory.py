@@ -25,6 +25,7 @@ from sana_tune.memory import (
     memory_needed,
     plan_memory,
     recommend,
+    reliefs,
     resident_needed,
     ways_to_fit,
 )
@@ -389,3 +390,37 @@ def test_a_run_that_does_not_fit_beside_the_base_model_can_do_without_it(facts):
     small = memory_needed(asked(weights_dtype="bf16", gradient_checkpointing_interval=1), facts, ONE).total_bytes
     ways = ways_to_fit(config, facts, ONE, small)
     assert least > small and any(way.changes.get("regularisation_target") == "data" for way in ways)
+
+
+# ---- what each setting frees alone ----
+
+
+def test_each_lever_alone_frees_what_the_plan_says(facts: ModelFacts):
+    config = asked(weights_dtype="fp32", gradient_checkpointing=False, use_ema=True, train_batch_size=4)
+    loads = [Load(1024, 1024, 4)]
+    found = reliefs(config, facts, loads)
+    assert [relief.freed_bytes for relief in found] == sorted((each.freed_bytes for each in found), reverse=True)
+    names = {next(iter(relief.changes)) for relief in found}
+    assert names == {"gradient_checkpointing", "train_batch_size", "weights_dtype", "optimizer_release_gradients",
+                     "optimizer", "ema_device", "use_ema"}  # fmt: skip
+    now = memory_needed(config, facts, loads).total_bytes
+    for relief in found:
+        size = relief.changes.get("train_batch_size", 4)
+        then = memory_needed(changed(config, relief.changes), facts, [Load(1024, 1024, size)]).total_bytes
+        assert now - then == relief.freed_bytes > 0
+    by_name = {next(iter(relief.changes)): relief for relief in found}
+    assert by_name["use_ema"].freed_bytes == 4 * facts.parameters
+    assert by_name["gradient_checkpointing"].changes["gradient_checkpointing_interval"] == 1, "what frees most"
+    assert by_name["train_batch_size"].changes == {"train_batch_size": 1, "gradient_accumulation_steps": 4}
+
+
+def test_what_a_checkpoint_fixes_is_not_offered(facts: ModelFacts):
+    config = asked(weights_dtype="fp32")
+    found = reliefs(config, facts, ONE, fixed={"weights_dtype", "optimizer"})
+    assert not any(relief.changes.keys() & {"weights_dtype", "optimizer"} for relief in found)
+    assert {"optimizer_release_gradients": True} in [relief.changes for relief in found]
+
+
+def test_what_frees_nothing_is_not_told(facts: ModelFacts):
+    config = asked(weights_dtype="bf16", optimizer="bnb-adamw8bit", optimizer_release_gradients=True)
+    assert reliefs(config, facts, ONE) == ()

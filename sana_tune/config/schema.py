@@ -305,6 +305,9 @@ class TrainConfig(Section):
     checkpoints_total_limit: int = setting(5, "checkpoints kept; 0 = all", unit="checkpoints", ge=0)
     resume_from_checkpoint: str | None = setting("latest", 'checkpoint to go on from: latest, a path, or "" for none')
     max_bad_steps: int = setting(10, "stop after this many non-finite steps in a row", unit="steps", ge=1)
+    rehearsal: Literal["auto", "on", "off"] = setting(
+        "auto", "try the largest micro-batch and one validation picture before step 1; auto = on an accelerator"
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where to train")
     regularisation_target: Literal["data", "base"] = setting(
         "data", "what regularisation data teaches: its pictures, or (base) what the untrained model makes of them"

@@ -90,6 +90,11 @@ class TensorCache:
         """Bytes of all items."""
         return sum(location.length for location in self._items.values())
 
+    def shape(self, key: str) -> tuple[int, ...] | None:
+        """The shape of an item, which is not read for that; None when it is not there."""
+        location = self._items.get(key)
+        return None if location is None else location.shape
+
     def missing(self, keys: Iterable[str]) -> list[str]:
         """The keys that are not there, each once, in the given order."""
         return [key for key in dict.fromkeys(keys) if key not in self._items]

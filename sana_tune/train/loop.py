@@ -70,15 +70,16 @@ def fit(
     export: Callable[[Progress], str | None] = lambda progress: None,
     evaluator: Evaluator | NoEvaluator = _NOTHING,
     max_bad_steps: int = 10,
+    rehearse: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
-    """Train from where `resume` stands to the last step; save, draw and tell on the way; at the end `export`.
+    """Restore `resume`, `rehearse`, train to the last step; save, draw and tell on the way; at the end `export`.
 
     Returns the last position. Raises Interrupted after saving when a stop was asked for, UserError when the
     checkpoint does not fit, the disk is full, or `max_bad_steps` in a row are not finite.
     """
     progress, spoiled, patience = checkpoints.restore(parts, resume), Spoiled(max_bad_steps), Patience(max_bad_steps)
-    epochs = plan.epoch_after(plan.total_steps)
-    watcher.emit(Started(progress, plan.total_steps, plan.steps_per_epoch, resume and str(resume.path), epochs))
+    rehearse(progress)
+    watcher.emit(started(plan, progress, resume))
     with stop.deferred():
         watcher.emit(validator.start(parts, progress))
         tell(watcher, evaluator.start(parts, progress))
@@ -99,18 +100,13 @@ def fit(
                     watcher.emit(spoiled.add(parts, micro_batches, before, result, held, checkpoints))
                     progress = checkpoints.restore(parts, held)
                     steps.restart(batches.steps(progress.step, plan.total_steps))
-                    watcher.emit(Started(progress, plan.total_steps, plan.steps_per_epoch, str(held.path)))
+                    watcher.emit(started(plan, progress, held))
                     continue
                 patience.end_row(result)
-                if due(plan.save_every, progress):
-                    watcher.emit(checkpoints.save(parts, progress))
-                for look, every in ((evaluator, plan.evaluate_every), (validator, plan.validate_every)):
-                    if due(every, progress, plan.epoch_after) and progress.step < plan.total_steps:
-                        tell(watcher, look.run(parts, progress))
+                do_what_is_due(plan, parts, progress, checkpoints, evaluator, validator, watcher)
                 if stop_agreed(parts, stop):
                     break
-        if saved := checkpoints.save_if_newer(parts, progress):
-            watcher.emit(saved)
+        tell(watcher, checkpoints.save_if_newer(parts, progress))
         if progress.step < plan.total_steps:
             watcher.emit(Stopped(progress, stop.reason, patience.skipped))
             raise stop.interrupted()
@@ -122,10 +118,33 @@ def fit(
     return progress
 
 
+def do_what_is_due(
+    plan: Course,
+    parts: Parts,
+    progress: Progress,
+    checkpoints: Checkpoints,
+    evaluator: Evaluator | NoEvaluator,
+    validator: Validates,
+    watcher: Watcher,
+) -> None:
+    """Save, measure and draw, where it is time for it; after the last step the end of the run does that."""
+    if due(plan.save_every, progress):
+        watcher.emit(checkpoints.save(parts, progress))
+    for look, every in ((evaluator, plan.evaluate_every), (validator, plan.validate_every)):
+        if due(every, progress, plan.epoch_after) and progress.step < plan.total_steps:
+            tell(watcher, look.run(parts, progress))
+
+
 def tell(watcher: Watcher, event: Event | None) -> None:
     """Emit what there is to tell."""
     if event is not None:
         watcher.emit(event)
+
+
+def started(plan: Course, progress: Progress, resumed: Checkpoint | None) -> Started:
+    """What is told where training begins, or goes on from a checkpoint."""
+    epochs = plan.epoch_after(plan.total_steps)
+    return Started(progress, plan.total_steps, plan.steps_per_epoch, resumed and str(resumed.path), epochs)
 
 
 def stop_agreed(parts: Parts, stop: Stop) -> bool:
