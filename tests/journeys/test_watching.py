@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import SanaTransformer2DModel
 from safetensors import safe_open
 
 from sana_tune.config.load import Loaded
@@ -128,6 +129,8 @@ def test_everything_arrives_and_a_resumed_run_goes_on_with_its_own(hub: FakeHub,
     card = (there / "README.md").read_text()
     assert 'from_pretrained("me/zib"' in card and str(tmp_path) not in card
     assert (there / "images" / "step_4_validation_0_32x32.png").is_file() and "a red zib" in card
+    for part in ("checkpoint-4/transformer", "transformer"):  # as the cards say it is loaded
+        assert SanaTransformer2DModel.from_pretrained(there, subfolder=part).num_parameters() > 0
     assert not list(there.rglob("optimizer*")) and (there / "checkpoint-4" / "progress.json").is_file()
     with safe_open(there / "transformer" / "diffusion_pytorch_model.safetensors", "pt") as weights:
         assert weights.metadata()["modelspec.comment"] == "after 4 steps"

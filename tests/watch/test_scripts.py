@@ -100,13 +100,13 @@ def test_a_program_that_is_gone_is_told(tmp_path: Path, caplog):
 
 
 def test_the_run_does_not_wait_for_it_and_at_the_end_a_while_alone(caplog):
-    sink = scripts(post_checkpoint_script="sleep 5", finish_s=0.2)
+    sink = scripts(post_checkpoint_script="sleep 20", finish_s=0.2)
     begin = time.monotonic()
     for _ in range(30):
         sink.emit(saved())
-    assert time.monotonic() - begin < 0.2
+    assert time.monotonic() - begin < 1.0
     sink.close()
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 10
     said = [record.message for record in caplog.records]
     assert "a script still runs after 0 s and is left to itself" in said[-1]
     assert sum("too many still wait" in text for text in said) >= 10, "the queue is bounded"
