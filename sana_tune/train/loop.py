@@ -13,6 +13,7 @@ from sana_tune.errors import Problem, UserError
 from sana_tune.log import log
 from sana_tune.progress import Every, Progress, due
 from sana_tune.train.checkpoint import Checkpoints
+from sana_tune.train.device import MemoryMeter
 from sana_tune.train.folders import Checkpoint
 from sana_tune.train.signals import Stop
 from sana_tune.train.step import Parts, StepResult, passed_over, summed, train_step
@@ -72,7 +73,7 @@ def fit(
             raise stop.interrupted()
         parts.transformer.train()
         patience = Patience(max_bad_steps)
-        with closing(Timed(batches.steps(progress.step, plan.total_steps))) as steps:
+        with closing(Timed(batches.steps(progress.step, plan.total_steps), parts.accelerator.device)) as steps:
             for micro_batches in steps:
                 if progress.step in spoiled:
                     result = passed_over(parts, micro_batches, progress)
@@ -116,10 +117,14 @@ def stop_agreed(parts: Parts, stop: Stop) -> bool:
 
 
 class Timed:
-    """Hands steps on and measures them: step_s from asking for the data to `event`, data_wait_s the asking."""
+    """Hands steps on and measures them: step_s from asking for the data to `event`, data_wait_s the asking.
 
-    def __init__(self, steps: Iterator[Sequence[Sample]]):
+    device: whose memory is told with each step.
+    """
+
+    def __init__(self, steps: Iterator[Sequence[Sample]], device: torch.device):
         self._steps = steps
+        self._memory = MemoryMeter(device)
         self._asked_s = self._given_s = 0.0
 
     def __iter__(self) -> Timed:
@@ -141,6 +146,7 @@ class Timed:
             step_s=time.perf_counter() - self._asked_s,
             data_wait_s=self._given_s - self._asked_s,
             images=result.images,
+            memory_bytes=self._memory.most_bytes(),
             skipped=result.skipped,
             losses=result.losses,
         )
