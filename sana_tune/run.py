@@ -49,6 +49,7 @@ from sana_tune.prepare import (
     write_down_export,
 )
 from sana_tune.progress import Progress
+from sana_tune.reporting import keepers, show_first_batches, write_down_surroundings
 from sana_tune.roles import is_regularised, learns_from_base, windows
 from sana_tune.train.signals import LeaveNow, Stop
 from sana_tune.watch.card import model_card
@@ -98,7 +99,8 @@ def _run(loaded: Loaded, notes: Sequence[str], restart: bool, sinks: Sequence[Si
             output.set_aside()
         before = output.read_json("plan.json") if prepared.checkpoint is not None else {}
         write_down(prepared)
-        all_sinks = [screen(logs.console()), MetricsSink(output.metrics_file), *sinks]
+        write_down_surroundings(prepared, precision(loaded))
+        all_sinks = [screen(logs.console()), MetricsSink(output.metrics_file), *keepers(prepared), *sinks]
         with Watcher(all_sinks) as watcher:
             try:
                 return work(prepared, before, watcher, stop)
@@ -117,6 +119,7 @@ def work(prepared: Prepared, before: Mapping[str, Any], watcher: Watcher, stop: 
     caches = open_caches(prepared)
     prepared = filled(prepared, caches, accelerator.device, watcher)
     tell_changes(before, prepared)
+    show_first_batches(prepared, caches, batches_of(prepared, caches, caches), accelerator.device)
     return train(prepared, caches, accelerator, watcher, stop)
 
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,9 +86,7 @@ def run_folder(
     return folder
 
 
-def events_of(
-    folder: Path, steps: int, at: Sequence[int], side_px: int, seed: int, *, ends: bool
-) -> Sequence[Event]:
+def events_of(folder: Path, steps: int, at: Sequence[int], side_px: int, seed: int, *, ends: bool) -> Sequence[Event]:
     """What happened, with the pictures drawn."""
     from sana_tune.data.images import encode_png
 

@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("prepare",),
     ("check",),
     ("caching",),
-    ("inventory",),
+    ("inventory", "reporting"),
     ("run",),
     ("bench",),
     ("cli",),

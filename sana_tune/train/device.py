@@ -46,7 +46,7 @@ def make_accelerator(wanted: str, mixed_precision: str) -> Accelerator:
 
 
 class MemoryMeter:
-    """The most memory that this process had in use on a device; asking costs some microseconds and waits for nothing.
+    """The most memory in use on a device since the meter was made; asking takes microseconds and waits for nothing.
 
     Of a CUDA device: what torch's allocator handed out. Of a CPU: the process's share of main memory. Of others, what
     was in use whenever somebody asked.
@@ -56,9 +56,11 @@ class MemoryMeter:
         self._device = device
         self._process = psutil.Process()
         self._most = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
 
     def most_bytes(self) -> int | None:
-        """Bytes, since the start of the process; None for a device that does not tell."""
+        """Bytes; None for a device that does not tell."""
         if self._device.type == "cuda":
             told: Any = torch.cuda.memory.memory_stats_as_nested_dict(self._device)
             return int(told["allocated_bytes"]["all"]["peak"]) if told else None

@@ -135,7 +135,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
         if isinstance(line, dict) and isinstance(line.get("event"), str) and isinstance(line.get("step"), int):
-            found.append(line)
+            found.append({"time": "", **line})
     return found
 
 

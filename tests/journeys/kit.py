@@ -37,6 +37,7 @@ SMALL: Mapping[str, Any] = {
     "device": "cpu",
     "seed": 11,
     "validation_disable": True,
+    "report": False,
 }
 TIMES = ("step_s", "data_wait_s", "images_s", "memory_bytes")  # of the machine, not of what is trained
 

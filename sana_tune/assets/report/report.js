@@ -67,6 +67,7 @@ const report = (() => {
     const shown = spec.series.filter((one) => !off.has(one.label));
     const xs = spec.series.flatMap((one) => [one.x[0], one.x[one.x.length - 1]]).filter((value) => value !== null && value !== undefined);
     let [left, right] = spec.x === "σ" ? [0, 1] : [Math.min(...xs), Math.max(...xs)];
+    if (spec.x !== "σ" && left === 1 && right > 20) left = 0;
     if (left === right) { left -= 1; right += 1; }
     let { low, high } = spec;
     if (!spec.log) { const gap = (high - low) * 0.05; if (low !== 0) low -= gap; high += gap; }
@@ -107,7 +108,7 @@ const report = (() => {
     for (const one of order) {
       const raw = one.style === "raw";
       curves.append(node("path", {
-        d: line(one, x, y), fill: "none", stroke: colour(one), "stroke-width": raw ? 1 : 2, "stroke-opacity": raw ? 0.32 : 1,
+        d: line(one, x, y), fill: "none", stroke: colour(one), "stroke-width": raw ? 1 : 2, "stroke-opacity": raw ? 0.3 : 1,
         "stroke-linejoin": "round", "stroke-linecap": "round", "stroke-dasharray": one.style === "dash" ? "5 5" : "none", class: "curve",
       }));
       if (one.style === "points" && one.x.length <= 40) {
@@ -118,6 +119,7 @@ const report = (() => {
     }
     svg.append(curves);
     plot.querySelectorAll("svg, .tip").forEach((old) => old.remove());
+    plot.style.minHeight = "0";
     plot.prepend(svg);
     plot.setAttribute("aria-label", summary(spec));
     plot.state = { spec, shown, x, y, svg, left, right, width, margin, bottom, low, high };

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sana_tune.watch.metrics import SIGMA_BINS
-from sana_tune.watch.report.curves import half_window, numbers, sampled, shown_range, smooth, thin
+from sana_tune.watch.report.curves import POINTS, half_window, numbers, sampled, shown_range, smooth, thin
 from sana_tune.watch.report.reading import Run
 
 _LOG_FROM = 50.0  # an axis is logarithmic where its values spread by more than this factor
@@ -214,9 +214,9 @@ def _over_steps(
             series.append(Series(name or title.lower(), *thin(x, y), number))
             continue
         if len(runs) == 1:
-            series.append(Series("each step", *thin(x, y), number, "raw"))
+            series.append(Series("each step", *thin(x, y, POINTS // 2), number, "raw"))
         smoothed = smooth(y, half_window(run.metrics.count))
-        series.append(Series(name or "smoothed", *sampled(x, smoothed), number))
+        series.append(Series(name or "smoothed", *sampled(x, smoothed, POINTS // 2), number))
     return Chart(id or str(column).replace("_", "-"), title, tuple(series), **looks)
 
 
@@ -244,7 +244,7 @@ def measured(runs: Sequence[Run]) -> Iterable[Chart]:
         elif parts:
             yield Chart(f"{first}-parts", f"{title} by part", tuple(_tracks(runs, parts[:8])), reference=one)
         if losses := [name for name in own if name.endswith("/loss")]:
-            yield Chart(f"{first}-loss", f"{title}, as it is", tuple(_tracks(runs, losses[:8], drop="/loss")))
+            yield Chart(f"{first}-loss", f"{title}, absolute", tuple(_tracks(runs, losses[:8], drop="/loss")))
         if levels := [name for name in own if _LEVEL.search(name) and name.count("/") == 2]:
             note = "The newest measurement at each noise level."
             series = tuple(_over_levels(runs, levels))
@@ -264,7 +264,7 @@ def _tracks(runs: Sequence[Run], names: Sequence[str], drop: str = "") -> Iterab
             x = np.array(list(points), float)
             y = np.array([values[name] for values in points.values()])
             error = np.array([values.get(f"{name}/se", np.nan) for values in points.values()])
-            band = {"low": y - error, "high": y + error} if np.isfinite(error).any() else {}
+            band: dict[str, Any] = {"low": y - error, "high": y + error} if np.isfinite(error).any() else {}
             label = _of(run, runs, _word(name.removesuffix(drop)))
             if len(runs) == 1:
                 yield Series(label, x, y, place, "points", **band)
@@ -287,7 +287,7 @@ def _over_levels(runs: Sequence[Run], names: Sequence[str]) -> Iterable[Series]:
             }
             x = np.array(sorted(found))
             colour, style = (place, "points") if len(runs) == 1 else (number, "dash" if place else "points")
-            label = f"{_of(run, runs, _word(view))}, step {lines[-1]['step']}"
+            label = f"{_of(run, runs, _word(view))}, step {lines[-1]['step']:,}"
             yield Series(label, x, np.array([found[level] for level in x.tolist()]), colour, style)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -30,11 +31,11 @@ def thin(x: np.ndarray, y: np.ndarray, most: int = 2 * POINTS) -> tuple[np.ndarr
         return x, y
     edges = np.linspace(0, len(x), max(1, most // 2) + 1).astype(int)
     kept = {0, len(x) - 1}
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+    for begin, end in pairwise(edges.tolist()):
         part = y[begin:end]
         there = np.flatnonzero(np.isfinite(part))
         if not len(there):
-            kept.add(int(begin))
+            kept.add(begin)
             continue
         own = part[there]
         kept.update((int(begin + there[own.argmin()]), int(begin + there[own.argmax()])))

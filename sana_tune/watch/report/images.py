@@ -81,7 +81,7 @@ def timeline(runs: Sequence[Run], thumbs: Thumbs, beside: Path) -> dict[str, Any
 
 
 def _row(picture: Picture) -> tuple[str, int, int, int]:
-    return picture.slug, picture.index, picture.width_px, picture.height_px
+    return picture.slug, picture.nth, picture.width_px, picture.height_px
 
 
 def _new_row(picture: Picture, prompts: Mapping[str, Mapping[str, str]], runs: int) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def _new_row(picture: Picture, prompts: Mapping[str, Mapping[str, str]], runs: i
         "name": str(told.get("name", picture.slug)),
         "prompt": str(told.get("prompt", "")),
         "size": f"{picture.width_px}×{picture.height_px}",
-        "index": picture.index,
+        "index": picture.nth,
         "pictures": [{} for _ in range(runs)],
     }
 

@@ -53,7 +53,7 @@ class Reporter:
             f"{len(runs)} runs compared",
             "runs": shown,
             "tile_names": list(dict.fromkeys(tile["name"] for run in shown for tile in run["numbers"])),
-            "charts": [{name: vars(chart)[name] for name in ("id", "title", "unit", "note", "wide")} for chart in charts],
+            "charts": charts,
             "timeline_rows": [_row_title(row) for row in timeline["rows"]],
             "left_out": timeline["left_out"],
             "previews": [part for run in shown if (part := run["previews"])],

@@ -35,7 +35,7 @@ class Picture(NamedTuple):
     """One validation picture. view: "raw" or "ema"; at step 0 it is the base model's."""
 
     slug: str
-    index: int
+    nth: int
     width_px: int
     height_px: int
     step: int
@@ -43,7 +43,8 @@ class Picture(NamedTuple):
     path: Path
 
 
-class Metrics(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Metrics:
     """metrics.jsonl by columns of one length, NaN where a line has no such number.
 
     levels: [entries, 4] of by_sigma: number of the line, bin, how many, mean loss.

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 NONE = "–"
+_UNITS = ("B", "kB", "MB", "GB", "TB")
 _TONES = {"failed": "bad", "stopped": "warn", "finished": "good", "started": "plain"}
 
 
@@ -27,13 +28,10 @@ def size(value: float | None) -> str:
     """Bytes, in the unit that suits them."""
     if value is None or not math.isfinite(value):
         return NONE
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(value) < 1000:
-            break
-        value /= 1000
-    else:
-        unit = "TB"
-    return f"{value:.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
+    place = 0
+    while abs(value) >= 999.5 and place < len(_UNITS) - 1:
+        value, place = value / 1000, place + 1
+    return f"{value:.3g} {_UNITS[place]}" if value < 1000 else f"{value:,.0f} {_UNITS[place]}"
 
 
 def share(value: float | None) -> str:
@@ -104,7 +102,7 @@ def told(line: Mapping[str, Any]) -> str:
         case "measured":
             values = {name: value for name, value in (line.get("values") or {}).items() if name.count("/") < 2}
             numbers = ", ".join(f"{name} {short(value)}" for name, value in values.items())
-            return ". ".join([f"Measured {numbers}", *map(str, line.get("advice") or [])])
+            return ". ".join([f"Measured {numbers}", *(_sentence(str(each)) for each in line.get("advice") or [])])
         case "saved":
             gone = f"; removed {', '.join(map(str, line['removed']))}" if line.get("removed") else ""
             return f"Saved {line.get('path')} in {lasting(line.get('duration_s'))}{gone}"
@@ -118,3 +116,7 @@ def told(line: Mapping[str, Any]) -> str:
         case "previewed":
             return f"Preview of {line.get('prompt')}, {line.get('sampler_step')} of {line.get('sampler_steps')}"
     return str(line.get("message") or line["event"])
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
