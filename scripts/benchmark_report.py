@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sana_tune.data.images import shrunk
 from sana_tune.progress import Progress
 from sana_tune.watch.environment import environment
 from sana_tune.watch.events import Event, Finished, Measured, Noticed, Previewed, Saved, Started, Stepped, Validated
 from sana_tune.watch.journal import EventsSink
 from sana_tune.watch.metrics import Metrics
+from sana_tune.watch.report.page import Reporter
+from sana_tune.watch.report.sink import EVERY_S, SHARE, ReportSink
+from sana_tune.watch.sinks import MetricsSink, Watcher
 
 PROMPTS = {"fox": "a red fox in the snow", "harbour": "a harbour at night, oil painting", "tea": "two cups of tea"}
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -155,3 +161,97 @@ def write_files(folder: Path, steps: int, side_px: int, changes: dict[str, Any])
     files["first_batches/index.json"] = {"pictures": shown}
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+# ---- what is told ----
+
+
+def tell_report(steps: int, rounds: int = ROUNDS) -> None:
+    """How long the report of a run of so many steps takes to write and to show first, and how large it is."""
+    from scripts import browser
+
+    with tempfile.TemporaryDirectory(prefix="sana_tune-benchmark-") as place:
+        folder = run_folder(Path(place), steps)
+        reporter, path = Reporter([folder], shrunk), folder / "report.html"
+        first_s = timed(lambda: reporter.write(path))
+        again_s = statistics.median(timed(lambda: reporter.write(path)) for _ in range(rounds))
+        size = path.stat().st_size / 1e6
+        print(f"report of {steps:,} steps: {size:.1f} MB; written in {first_s:.2f} s, then in {again_s:.2f} s")
+        program = browser.find()
+        if program is None:
+            print("first paint: not measured, there is no Chromium here (CHROMIUM names one)")
+            return
+        with browser.Browser(program) as page:
+            page.open(path)  # the first one pays for the browser's own start
+            times = []
+            for _ in range(rounds):
+                page.open(path)
+                times.append(page.first_paint_ms())
+            found = page.evaluate("document.querySelectorAll('.plot .curve').length")
+    print(f"first paint: {statistics.median(times):.0f} ms (fastest {min(times):.0f} ms of {rounds}), {found} curves")
+
+
+def tell_sinks(steps: int, rounds: int = ROUNDS) -> None:
+    """The share of the step time that events, metrics and report take, beside steps of nano on this machine."""
+    step_s = nano_step_s()
+    with tempfile.TemporaryDirectory(prefix="sana_tune-benchmark-") as place:
+        own_s = min(emitted_s(Path(place) / str(number), steps) for number in range(rounds)) / steps
+        folder = run_folder(Path(place) / "run", steps)
+        reporter = Reporter([folder], shrunk)
+        reporter.write(folder / "report.html", live=True)
+        write_s = statistics.median(timed(lambda: reporter.write(folder / "report.html", live=True)) for _ in range(3))
+    thread = write_s / max(EVERY_S, write_s / SHARE)
+    print(f"each step: {1e6 * own_s:.0f} us for memory, metrics.jsonl, events.jsonl and report (steps {steps:,})")
+    print(f"report.html: {write_s:.2f} s on its own thread at {steps:,} steps, {thread:.2%} of the time at most")
+    print(f"of a nano step of {1000 * step_s:.1f} ms: {own_s / step_s + thread:.2%} in all")
+    print(f"of a step of 400 ms: {own_s / 0.4 + thread:.2%} in all")
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that it takes."""
+    begun_s = time.perf_counter()
+    work()
+    return time.perf_counter() - begun_s
+
+
+def emitted_s(folder: Path, count: int) -> float:
+    """Seconds that the sinks take for so many steps, the report's own thread not counted."""
+    import torch
+
+    from sana_tune.train.device import MemoryMeter
+
+    class Nobody:
+        def write(self, path: Path, *, live: bool = False) -> None:
+            pass
+
+    told, meter = steps_of(count), MemoryMeter(torch.device("cpu"))
+    sinks = [MetricsSink(folder / "metrics.jsonl"), EventsSink(folder), ReportSink(Nobody(), folder / "report.html")]
+    with Watcher(sinks) as watcher:
+        watcher.emit(Started(Progress(), count, 500.0))
+        begun_s = time.perf_counter()
+        for event in told:
+            meter.most_bytes()
+            watcher.emit(event)
+        return time.perf_counter() - begun_s
+
+
+def nano_step_s(batch: int = 8, steps: int = 30) -> float:
+    """The fastest of some steps of nano, as it is trained."""
+    import torch
+    from diffusers import SanaTransformer2DModel
+
+    from sana_tune.model import fetch
+
+    model: Any = SanaTransformer2DModel.from_pretrained(fetch.locate("nano"), subfolder="transformer")
+    weights = list(model.parameters())
+    optimizer = torch.optim.AdamW(weights, 1e-5)
+    channels, width = model.config.in_channels, model.config.caption_channels
+    x, text = torch.randn(batch, channels, 8, 8), torch.randn(batch, 16, width)
+
+    def step() -> None:
+        out = model(x, text, torch.full((batch,), 500.0), return_dict=False)[0]
+        out.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return min(timed(step) for _ in range(steps))
