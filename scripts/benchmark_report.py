@@ -138,7 +138,7 @@ def write_files(folder: Path, steps: int, side_px: int, changes: dict[str, Any])
     origins = {name: f"/home/someone/config.json: {name}" for name in settings} | {"ema_decay": "default"}
     sizes = ((1024, 1024, 212), (832, 1216, 96), (1216, 832, 81), (768, 1344, 11))
     buckets = [
-        {"dataset": "photos", "width_px": w, "height_px": h, "pictures": n, "repeats": 1, "batch_size": 4,
+        {"dataset": "photos", "width_px": w, "height_px": h, "pictures": n, "repeats": 0, "batch_size": 4,
          "micro_batches": -(-n // 4), "filled": -n % 4, "flow_shift": 3.0, "role": "train"} for w, h, n in sizes
     ]  # fmt: skip
     left_out = [[f"photos/{n:04}.jpg", "is smaller than minimum_image_size" if n % 3 else "is damaged"]

@@ -10,15 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from sana_tune.data.images import prepare as prepare_picture
 from sana_tune.errors import UserError
 from sana_tune.log import log
 from sana_tune.reporting import dimmed
 from sana_tune.run import run
-from sana_tune.watch.events import Started
 from sana_tune.watch.journal import abandoned, read
 from tests.data.pictures import put
-from tests.journeys.kit import Heard, differences, metrics_of, one_thread, output_of, pictures, small_run, state_of
+from tests.journeys.kit import differences, metrics_of, one_thread, output_of, pictures, small_run, state_of
 
 DRAWN = {"validation_disable": False, "validation_prompt": "A Red Mug", "validation_num_inference_steps": 2,
          "validation_resolution": "32x32", "validation_step_interval": 2, "use_ema": True}  # fmt: skip
@@ -68,14 +66,10 @@ def test_the_first_pictures_are_those_of_the_first_steps(finished):
     captions = [each["caption"] for each in shown]
     assert "" in captions and any(caption.startswith("p ") for caption in captions)
     decoded = np.asarray(Image.open(output / "first_batches" / shown[0]["file"]), float)
-    original = np.asarray(
-        Image.open(output.parent / "pictures" / shown[0]["id"].removeprefix("d0/")).convert("RGB"), float
-    )
-    others = [
-        np.asarray(Image.open(output.parent / "pictures" / f"p{n:02}.png").convert("RGB"), float) for n in range(6)
-    ]
-    nearest = min(others, key=lambda other: np.abs(decoded.mean((0, 1)) - other.mean((0, 1))).sum())
-    assert decoded.shape == original.shape == (32, 32, 3) and (nearest == original).all()
+    given = {f"d0/p{n:02}.png": Image.open(output.parent / "pictures" / f"p{n:02}.png") for n in range(6)}
+    colours = {name: np.asarray(picture.convert("RGB"), float).mean((0, 1)) for name, picture in given.items()}
+    nearest = min(colours, key=lambda name: np.abs(decoded.mean((0, 1)) - colours[name]).sum())
+    assert decoded.shape == (32, 32, 3) and nearest == shown[0]["id"]
 
 
 def test_a_run_that_goes_on_keeps_what_happened_and_decodes_nothing(tmp_path):
@@ -102,15 +96,9 @@ def test_a_run_that_goes_on_keeps_what_happened_and_decodes_nothing(tmp_path):
 
 def test_a_run_that_fails_says_so_in_its_report(tmp_path):
     pictures(tmp_path / "pictures", 4)
-
-    def fail(event) -> None:
-        if isinstance(event, Started):
-            for path in (tmp_path / "output").glob("cache/vae/*/shard-*"):
-                path.unlink()
-
     loaded = small_run(tmp_path, report=True, learning_rate=1e30, max_bad_steps=1, max_train_steps=40)
     with one_thread(), pytest.raises(UserError):
-        run(loaded, sinks=[Heard()])
+        run(loaded)
     lines = read(output_of(loaded) / "events.jsonl")
     assert lines[-1]["event"] == "failed" and "not finite" in lines[-1]["message"]
     text = (output_of(loaded) / "report.html").read_text(encoding="utf-8")
@@ -121,9 +109,7 @@ def test_latents_that_are_not_kept_are_made_for_it(tmp_path):
     pictures(tmp_path / "pictures", 4)
     with one_thread():
         run(small_run(tmp_path, report=True, vae_cache_disable=True, max_train_steps=1))
-    assert len(list((tmp_path / "output" / "first_batches").glob("*.png"))) == 8 or (
-        len(list((tmp_path / "output" / "first_batches").glob("*.png"))) == 2
-    )
+    assert len(list((tmp_path / "output" / "first_batches").glob("*.png"))) == 2  # of the one step that there is
 
 
 def test_masks_are_shown_beside(tmp_path):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sana_tune.progress import Progress
-from sana_tune.watch.events import CacheProgress, Event, Previewed, Started, Stepped
+from sana_tune.watch.events import CacheProgress, Event, Previewed, Started, Stepped, Validated
 
 FILE, PREVIEWS = "events.jsonl", "previews"
 _PATHS = frozenset({"files", "path", "removed", "sheet", "pipeline", "resumed_from"})
@@ -69,6 +69,8 @@ def _plain(value: Any) -> Any:
 class EventsSink:
     """Appends every event to events.jsonl of the run's folder and flushes it; steps and caches are told elsewhere.
 
+    A validation that was not due says nothing either.
+
     The pictures of previews become files in previews/, of the newest step alone: when they are finished, they are in
     validation_images.
     """
@@ -85,7 +87,7 @@ class EventsSink:
             return
         if isinstance(event, Stepped | Started):
             self._last = event.progress
-        if isinstance(event, Stepped):
+        if isinstance(event, Stepped) or (isinstance(event, Validated) and not event.files and not event.failed):
             return
         line = line_of(event, self.root, self._last, self._clock())
         if isinstance(event, Previewed):

@@ -40,7 +40,7 @@ def written(root: Path, *told: Event) -> list[dict]:
 def test_every_kind_of_event_but_steps_and_caches_is_a_line(tmp_path):
     step = Stepped(AT, 0.5, 1e-5, 0.1, 0.5, 0.0, 4)
     told = [
-        CacheProgress("text", 1, 2), Started(Progress(), 9, 3.0), step, Validated(AT, (), ("a: b",), 1.0),
+        CacheProgress("text", 1, 2), Started(Progress(), 9, 3.0), step, Validated(AT, ()), Validated(AT, (), ("a: b",)),
         Previewed(AT, "fox", 5, 20, b"png"), Measured(AT, {"held_out/raw": 0.9, "x": math.nan}, ("stop",)),
         Noticed(AT, "a 「notice」\u2028 here"), Saved(AT, str(tmp_path / "checkpoint-3"), 1.0), Finished(AT),
         Stopped(AT), Failed("no\nmore"),

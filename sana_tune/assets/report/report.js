@@ -111,7 +111,7 @@ const report = (() => {
         d: line(one, x, y), fill: "none", stroke: colour(one), "stroke-width": raw ? 1 : 2, "stroke-opacity": raw ? 0.3 : 1,
         "stroke-linejoin": "round", "stroke-linecap": "round", "stroke-dasharray": one.style === "dash" ? "5 5" : "none", class: "curve",
       }));
-      if (one.style === "points" && one.x.length <= 40) {
+      if ((one.style === "points" && one.x.length <= 40) || one.x.length === 1) {
         one.x.forEach((at, n) => {
           if (one.y[n] !== null) curves.append(node("circle", { cx: x(at), cy: y(one.y[n]), r: 3, fill: colour(one), stroke: "var(--card)", "stroke-width": 1.5 }));
         });

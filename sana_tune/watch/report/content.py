@@ -159,26 +159,28 @@ def ledgers(run: Run) -> list[dict[str, Any]]:
 
 
 def buckets(run: Run) -> list[dict[str, Any]]:
-    """The sizes that are trained at: pictures, fill-ins, and the shape of each."""
-    told = [*(run.plan.get("buckets") or ()), *(run.plan.get("held_out") or ())]
-    most = max([each["pictures"] * each["repeats"] + each["filled"] for each in told if "pictures" in each], default=1)
+    """The sizes that are trained at: pictures, how many an epoch shows, fill-ins, and the shape of each.
+
+    No epoch shows those of pictures that are held out.
+    """
+    told = [(each, True) for each in run.plan.get("buckets") or ()]
+    told += [(each, False) for each in run.plan.get("held_out") or ()]
     found = []
-    for each in told:
+    for each, is_shown in told:
         width, height = each["width_px"], each["height_px"]
         side = math.sqrt(width * height) or 1
-        shown = each["pictures"] * each["repeats"]
         found.append(
             {
                 **each,
                 "size": f"{width}×{height}",
-                "shown": shown,
-                "share": shown / most,
-                "filled_share": each["filled"] / most,
+                "shown": each["pictures"] * (each["repeats"] + 1) * is_shown,
+                "filled": each["filled"] * is_shown,
                 "icon_w": round(22 * width / side, 1),
                 "icon_h": round(22 * height / side, 1),
             }
         )
-    return found
+    most = max((each["shown"] + each["filled"] for each in found), default=0) or 1
+    return [{**each, "share": each["shown"] / most, "filled_share": each["filled"] / most} for each in found]
 
 
 # ---- environment ----

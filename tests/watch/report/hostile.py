@@ -29,7 +29,7 @@ def hostile_run(root: Path) -> Path:
         sink.emit(event)
     sink.close()
     entry = {"dataset": EVIL, "found": 2, "trained": 1, "left_out": [[EVIL, EVIL]], "role": EVIL}
-    bucket = {"dataset": EVIL, "width_px": 8, "height_px": 8, "pictures": 1, "repeats": 1, "filled": 1, "role": EVIL}
+    bucket = {"dataset": EVIL, "width_px": 8, "height_px": 8, "pictures": 1, "repeats": 0, "filled": 1, "role": EVIL}
     first = {"file": "00.png", "masked": "01.png", "id": EVIL, "caption": EVIL, "width": 8, "height": 8}
     written = {
         "ledger.json": {"datasets": [entry]},

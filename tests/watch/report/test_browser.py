@@ -30,7 +30,7 @@ def page() -> Iterator[browser.Browser]:
 def runs(tmp_path_factory) -> list[Path]:
     root = tmp_path_factory.mktemp("runs")
     long = run_folder(root / "long", STEPS, validations=4, side_px=48)
-    return [long, run_folder(root / "short", 300, seed=1, validations=2, side_px=48, changes={"seed": 1})]
+    return [long, run_folder(root / "short", 4000, seed=1, validations=2, side_px=48, changes={"seed": 1})]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,8 @@ def report(runs) -> Path:
 def check_all_is_drawn(page: browser.Browser, path: Path) -> None:
     """Every chart has its curves, every picture is there, nothing was complained of and nothing asked for."""
     found = page.evaluate("""JSON.parse(document.getElementById('report-data').textContent).charts.map(chart => {
-        const figure = document.getElementById('chart-' + chart.id), box = figure.querySelector('svg').getBoundingClientRect();
+        const figure = document.getElementById('chart-' + chart.id);
+        const box = figure.querySelector('svg').getBoundingClientRect();
         const paths = [...figure.querySelectorAll('.curve')].filter(curve => curve.getTotalLength() > 20);
         return [chart.id, chart.series.length, paths.length, box.width > 200 && box.height > 150,
                 figure.querySelectorAll('text').length, figure.querySelector('.plot').getAttribute('aria-label')];
@@ -52,7 +53,8 @@ def check_all_is_drawn(page: browser.Browser, path: Path) -> None:
         assert series == curves and has_room and texts >= 5 and "from" in label, name
     pictures = page.evaluate("""Promise.all([...document.images].map(image => {
         image.loading = 'eager';
-        return image.decode().then(() => image.naturalWidth > 0 && image.getBoundingClientRect().width > 10 && image.alt !== '');
+        const width = image.getBoundingClientRect().width;
+        return image.decode().then(() => image.naturalWidth > 0 && width > 10 && image.alt !== '');
     }))""")
     assert len(pictures) >= 9 + 4 + 5 and all(pictures)
     assert page.problems == [] and page.asked_for == [path.resolve().as_uri()]
@@ -113,8 +115,8 @@ def test_it_fits_a_phone_in_light_and_dark(page, report, dark):
     assert page.evaluate(
         "[...document.querySelectorAll('.plot svg')].every(e => e.getBoundingClientRect().right <= 360)"
     )
-    shades = page.evaluate("""['backgroundColor', 'color'].map(name => getComputedStyle(document.body)[name].match(/\\d+/g)
-        .slice(0, 3).reduce((sum, part) => sum + Number(part), 0))""")
+    shades = page.evaluate("""['backgroundColor', 'color'].map(name => getComputedStyle(document.body)[name]
+        .match(/\\d+/g).slice(0, 3).reduce((sum, part) => sum + Number(part), 0))""")
     assert (shades[0] < 120 and shades[1] > 600) if dark else (shades[0] > 650 and shades[1] < 150)
     assert page.problems == []
 

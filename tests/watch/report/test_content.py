@@ -75,6 +75,11 @@ def test_buckets_have_their_shapes(tmp_path):
     run = Reader(run_folder(tmp_path, 10, validations=1, side_px=8)).read()
     square, tall, *_ = content.buckets(run)
     assert square["icon_w"] == square["icon_h"] and tall["icon_w"] < tall["icon_h"] and square["share"] == 1.0
+    assert (square["shown"], tall["filled"]) == (212, 0)
+    again = {**run.plan["buckets"][0], "repeats": 2, "filled": 4}
+    (tmp_path / "plan.json").write_text(json.dumps({"buckets": [again], "held_out": [{**again, "role": "eval"}]}))
+    shown, held = content.buckets(Reader(tmp_path).read())
+    assert (shown["shown"], shown["share"], held["shown"], held["share"]) == (636, 636 / 640, 0, 0.0)
     assert content.buckets(Reader(tmp_path / "none").read()) == []
 
 
