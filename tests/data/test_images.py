@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps
 
 from sana_tune.data import images
 from sana_tune.data.geometry import Box, Placement, Rules, Size, place
-from sana_tune.data.images import BrokenImage, decode, encode_png, measure, prepare, read_header
+from sana_tune.data.images import BrokenImage, decode, encode_png, measure, prepare, read_header, shrunk
 from sana_tune.data.sources import PICTURE_ENDINGS
 from tests.data.pictures import encoded, noise
 from tests.data.profiles import (
@@ -634,3 +634,15 @@ def test_a_picture_of_the_right_size_is_not_resampled():
 def test_png_keeps_every_pixel():
     picture = noise(20, 30)
     np.testing.assert_array_equal(np.asarray(decode(encode_png(picture))), picture)
+
+
+def test_a_small_picture_has_the_same_shape_and_is_never_larger():
+    big = encode_png(np.full((600, 300, 3), (200, 40, 90), np.uint8))
+    data, width, height = shrunk(big, 120)
+    small = Image.open(io.BytesIO(data))
+    assert (width, height) == small.size == (60, 120) and small.format == "WEBP" and len(data) < 500
+    assert np.abs(np.asarray(small.convert("RGB"), int) - (200, 40, 90)).max() < 12
+    assert shrunk(encode_png(np.zeros((8, 16, 3), np.uint8)), 120)[1:] == (16, 8)
+    for damaged in (b"", b"no picture", big[:50]):
+        with pytest.raises(ValueError, match="the file is"):
+            shrunk(damaged, 120)
