@@ -47,10 +47,10 @@ def keepers(prepared: Prepared) -> list[Sink]:
     return found
 
 
-def write_down_surroundings(prepared: Prepared, precision: str) -> None:
-    """Write environment.json and prompts.json. precision: that of the computing."""
+def write_down_surroundings(prepared: Prepared, precision: str, processes: int = 1) -> None:
+    """Write environment.json and prompts.json. precision: that of the computing, by so many processes."""
     output = prepared.output
-    output.write_json(ENVIRONMENT, environment(prepared.device, precision))
+    output.write_json(ENVIRONMENT, environment(prepared.device, precision, processes))
     names = slugs(list(prepared.prompts))
     told = {names[name]: {"name": name, "prompt": prompt} for name, prompt in prepared.prompts.items()}
     output.write_json(PROMPTS, told)

@@ -193,7 +193,7 @@ def tell_report(steps: int, rounds: int = ROUNDS) -> None:
 
 def tell_sinks(steps: int, rounds: int = ROUNDS) -> None:
     """The share of the step time that events, metrics and report take, beside steps of nano on this machine."""
-    step_s = nano_step_s()
+    step_s = nano_step_s(steps=6 * rounds)
     with tempfile.TemporaryDirectory(prefix="sana_tune-benchmark-") as place:
         own_s = min(emitted_s(Path(place) / str(number), steps) for number in range(rounds)) / steps
         folder = run_folder(Path(place) / "run", steps)
