@@ -50,7 +50,7 @@ def test_a_run_leaves_all_that_its_report_shows(finished):
     assert kinds == ["started", "validated", "validated", "saved", "validated", "finished"]
     assert json.loads((output / "environment.json").read_text())["libraries"]["torch"] == torch.__version__
     prompts = json.loads((output / "prompts.json").read_text())
-    assert prompts == {"validation": {"name": "validation", "prompt": "a red mug"}}
+    assert prompts["validation"] == {"name": "validation", "prompt": "a red mug"}
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert all(line["memory_bytes"] > 50e6 for line in lines)
     text = (output / "report.html").read_text(encoding="utf-8")
