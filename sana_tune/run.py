@@ -55,6 +55,7 @@ from sana_tune.prepare import (
 from sana_tune.progress import Progress
 from sana_tune.publish import comment_of, listeners, pipeline_card, repository_of
 from sana_tune.ranks import Rank, own_rank, wants_shards
+from sana_tune.reporting import keepers, show_first_batches, write_down_surroundings
 from sana_tune.roles import is_regularised, learns_from_base, windows
 from sana_tune.room import out_of_memory, rehearsal_of
 from sana_tune.train.crew import ALONE, Crew
@@ -132,9 +133,10 @@ def _live(
     before = output.read_json("plan.json") if prepared.checkpoint is not None else {}
     if crew.is_main:
         write_down(prepared)
+        write_down_surroundings(prepared, precision(loaded), crew.ranks)
     all_sinks: list[Sink] = []
     if crew.is_main:
-        told = listeners(prepared, repository)
+        told = [*keepers(prepared), *listeners(prepared, repository)]
         all_sinks = [screen(logs.console()), MetricsSink(output.metrics_file), *told, *sinks]
     with Watcher(all_sinks) as watcher:
         try:
@@ -179,6 +181,7 @@ def work(
         prepared = filled(prepared, caches, accelerator.device, watcher, crew)
     if crew.is_main:
         tell_changes(before, prepared)
+        show_first_batches(prepared, caches, batches_of(prepared, caches, caches), accelerator.device)
     return train(prepared, caches, accelerator, scored(prepared, watcher, scorer, accelerator), stop, crew)
 
 

@@ -5,6 +5,8 @@
     python scripts/benchmark.py --model FOLDER --device cuda --precision bf16 --batch 4
     python scripts/benchmark.py --only check         sana_tune check over 10,000 pictures, cold and warm
     python scripts/benchmark.py --only data          scan, preparing, loader, text cache (scripts/benchmark_data.py)
+    python scripts/benchmark.py --only report        report.html of 10,000 steps: writing it, its first paint
+    python scripts/benchmark.py --only sinks         events, metrics and report beside the time of a step
 
 Two loops are timed in one process in alternating blocks, so that whatever else the machine does slows both alike:
 ours is `train.loop.fit` as a run calls it (loader over warm caches, noise from position, clip, check, EMA,
@@ -329,14 +331,21 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=10, help="steps in a block")
     parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
     parser.add_argument("--steps-only", action="store_true", help="leave out start and help")
-    parser.add_argument("--only", choices=("check", *DATA, "data"), help="leave out all but this")
-    parser.add_argument("--pictures", type=int, help="for --only: pictures, items or captions; default: the bar's")
+    parser.add_argument("--only", choices=("check", *DATA, "data", "report", "sinks"), help="leave out all but this")
+    parser.add_argument(
+        "--pictures", type=int, help="for --only: pictures, items, captions or steps; default: the bar's"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="for --only scan and prepare")
     asked = parser.parse_args()
     if asked.threads:
         os.environ["OMP_NUM_THREADS"] = str(asked.threads)  # before torch is loaded; the start is measured with it too
     if asked.only == "check":
         return tell_check(asked.pictures or 10_000)
+    if asked.only in ("report", "sinks"):
+        from scripts import benchmark_report
+
+        tell = benchmark_report.tell_report if asked.only == "report" else benchmark_report.tell_sinks
+        return tell(asked.pictures or 10_000, asked.rounds)
     if asked.only:
         return tell_data(DATA if asked.only == "data" else (asked.only,), asked.pictures, asked.rounds)
     from sana_tune import log

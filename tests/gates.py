@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("caching",),
     ("drawing",),
     ("room",),
-    ("inventory", "offline", "measuring"),
+    ("inventory", "offline", "measuring", "reporting"),
     ("publish",),
     ("run",),
     ("launch",),

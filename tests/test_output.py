@@ -73,7 +73,9 @@ def test_the_resolved_config_loads_to_the_same_with_the_same_origins(output, tmp
 
 
 def test_a_restart_sets_the_run_aside_and_keeps_the_caches(output):
-    for name in ("metrics.jsonl", "log.txt", "config.json", "checkpoint-3/progress.json", "pipeline/x", "cache/text/y"):
+    told = ("events.jsonl", "report.html", "previews/a.png", "first_batches/00.png", "environment.json", "prompts.json")
+    for name in ("metrics.jsonl", "log.txt", "config.json", "checkpoint-3/progress.json", "pipeline/x", "cache/text/y",
+                 *told):  # fmt: skip
         (output.root / name).parent.mkdir(parents=True, exist_ok=True)
         (output.root / name).write_text(name, encoding="utf-8")
     output.set_aside()

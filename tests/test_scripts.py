@@ -401,6 +401,24 @@ def test_the_tests_are_run_from_anywhere_with_any_flag(checkout, script):
     assert checkout.run(script).stderr == "" and checkout.called() == []
 
 
+def test_ci_installs_a_browser_where_it_may_and_goes_on_where_it_cannot(ready):
+    wanted = "python -m pytest tests/watch\n"
+    executable(ready.tools / "timeout", '#!/bin/sh\nshift\nexec "$@"\n')
+    apt = '#!/bin/sh\necho "apt-get $*" >> "$STAND_IN_LOG"\necho noise\nexit %d\n'
+    executable(ready.tools / "apt-get", apt % 0)
+    ran = ready.run(".ci/run", "tests/watch", CI_EUID="1000")
+    assert (ran.stdout, ran.stderr) == (wanted, "") and ready.called() == []
+    ran = ready.run(".ci/run", "tests/watch", CI_EUID="0")
+    assert ran.stdout == wanted and "chromium was installed in" in ran.stderr
+    assert [line.split()[1] for line in ready.called()] == ["update", "install"]
+    executable(ready.tools / "apt-get", apt % 100)
+    ran = ready.run(".ci/run", "tests/watch", CI_EUID="0")
+    assert (ran.returncode, ran.stdout) == (0, wanted) and "tests that need a browser are skipped" in ran.stderr
+    executable(ready.tools / "chromium", "#!/bin/sh\n")
+    ready.called()
+    assert ready.run(".ci/run", "tests/watch", CI_EUID="0").stderr == "" and ready.called() == []
+
+
 def test_check_runs_every_check_and_fails_when_one_does(ready):
     tool = "#!/bin/sh\necho ${0##*/} $1 $2\nexit %d\n"
     tools = ready.root / ".venv" / "bin"

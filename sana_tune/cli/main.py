@@ -317,6 +317,23 @@ def bench(
     bench_asked(asked, typer.echo, Path(json) if json else None)
 
 
+@app.command()
+def report(
+    folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Folders of runs: their output_dir.")],
+    output: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Where to write it; default report.html, or report_compared.html, in DIR."),
+    ] = None,
+) -> None:
+    """Write the report of a run, or of several beside each other, as one file for a browser. Needs no network.
+
+    A run writes its own while it goes on; this writes it anew, of a run that failed or was moved, too.
+    """
+    from sana_tune.cli.report import report_asked
+
+    typer.echo(f"wrote {report_asked([Path(folder) for folder in folders], Path(output) if output else None)}")
+
+
 @examples.command("list")
 def examples_list() -> None:
     """The packaged examples, each with the first line of its README."""

@@ -304,6 +304,9 @@ class TrainConfig(Section):
     checkpoint_step_interval: int = setting(500, "steps between checkpoints; 0 = only the last", unit="steps", ge=0)
     checkpoints_total_limit: int = setting(5, "checkpoints kept; 0 = all", unit="checkpoints", ge=0)
     resume_from_checkpoint: str | None = setting("latest", 'checkpoint to go on from: latest, a path, or "" for none')
+    report: bool = setting(
+        True, "write report.html into output_dir while training, and show in it the first pictures that are trained"
+    )
     max_bad_steps: int = setting(10, "stop after this many non-finite steps in a row", unit="steps", ge=1)
     rehearsal: Literal["auto", "on", "off"] = setting(
         "auto", "try the largest micro-batch and one validation picture before step 1; auto = on an accelerator"

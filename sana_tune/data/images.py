@@ -466,3 +466,18 @@ def _broken(error: Exception, file: BinaryIO) -> BrokenImage:
     if isinstance(error, MemoryError):
         return BrokenImage("takes more memory than there is")
     return BrokenImage(f"is damaged ({error or type(error).__name__})")
+
+
+def shrunk(data: bytes, side_px: int) -> tuple[bytes, int, int]:
+    """A picture file made small: bytes of a WebP file whose sides are `side_px` at most, its width and its height.
+
+    Nothing is enlarged. Raises ValueError for what is no picture.
+    """
+    try:
+        picture = decode(data)
+    except BrokenImage as error:
+        raise ValueError(f"the file {error.reason}") from error
+    picture.thumbnail((side_px, side_px), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=82, method=2)
+    return buffer.getvalue(), picture.width, picture.height

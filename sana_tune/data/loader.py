@@ -82,9 +82,26 @@ class Batches:
             loaded.append((micro_batch, self._batch(micro_batch, step, micro)))
         return loaded
 
-    def _batch(self, micro_batch: MicroBatch, step: int, micro: int) -> Batch:
+    def first(self, count: int, total_steps: int) -> Iterator[tuple[Record, str, Tensor | None]]:
+        """The first `count` samples of this rank as they are trained: picture, caption, mask [1, h, w] if any."""
+        positions = ((step, turn * self._ranks + self._rank)
+                     for step in range(total_steps) for turn in range(self._accumulation))  # fmt: skip
+        for step, micro in positions:
+            records = self._shown(self._order.micro_batch(step * self._ranks * self._accumulation + micro))
+            masks = self._loss_mask(records, step, micro)
+            for sample, record in enumerate(records):
+                if count == 0:
+                    return
+                mask = masks[sample] if masks is not None and record.mask_key else None
+                yield record, self.caption(record, step, micro, sample), mask
+                count -= 1
+
+    def _shown(self, micro_batch: MicroBatch) -> list[Record]:
         shown = self._records(micro_batch.epoch) if callable(self._records) else self._records
-        records = [shown[index] for index in micro_batch.records]
+        return [shown[index] for index in micro_batch.records]
+
+    def _batch(self, micro_batch: MicroBatch, step: int, micro: int) -> Batch:
+        records = self._shown(micro_batch)
         captions = [self.caption(record, step, micro, sample) for sample, record in enumerate(records)]
         pairs = zip(records, captions, strict=True)
         text, mask = padded([self._text_of(record).get(self._keys.text(caption)) for record, caption in pairs])

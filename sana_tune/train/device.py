@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 
 from sana_tune.errors import Problem, UserError
@@ -65,3 +66,32 @@ def check_connected(accelerator: Accelerator) -> None:
         f"number {accelerator.process_index} of {accelerator.num_processes} (distributed type {kind})"
     )
     raise UserError(Problem("processes", what, "train on CUDA GPUs or with --device cpu; on others in one process"))
+
+
+class MemoryMeter:
+    """The most memory in use on a device since the meter was made; asking takes microseconds and waits for nothing.
+
+    Of a CUDA device: what torch's allocator handed out. Of a CPU: the process's share of main memory. Of others, what
+    was in use whenever somebody asked.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._process = psutil.Process()
+        self._most = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def most_bytes(self) -> int | None:
+        """Bytes; None for a device that does not tell."""
+        if self._device.type == "cuda":
+            told: Any = torch.cuda.memory.memory_stats_as_nested_dict(self._device)
+            return int(told["allocated_bytes"]["all"]["peak"]) if told else None
+        if self._device.type == "cpu":
+            now = self._process.memory_info().rss
+        elif self._device.type == "mps":
+            now = torch.mps.driver_allocated_memory()
+        else:
+            return None
+        self._most = max(self._most, now)
+        return self._most

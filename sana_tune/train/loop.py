@@ -12,6 +12,7 @@ import torch
 
 from sana_tune.progress import Every, Progress, due
 from sana_tune.train.checkpoint import Checkpoints
+from sana_tune.train.device import MemoryMeter
 from sana_tune.train.diagnosis import diagnose, diagnosed
 from sana_tune.train.evaluate import Evaluator, NoEvaluator
 from sana_tune.train.folders import Checkpoint
@@ -87,7 +88,7 @@ def fit(
             watcher.emit(Stopped(progress, stop.reason))
             raise stop.interrupted()
         parts.transformer.train()
-        with closing(Timed(batches.steps(progress.step, plan.total_steps))) as steps:
+        with closing(Timed(batches.steps(progress.step, plan.total_steps), parts.accelerator.device)) as steps:
             for micro_batches in steps:
                 before, step = progress, passed_over if progress.step in spoiled else train_step
                 result = step(parts, micro_batches, before)
@@ -159,10 +160,14 @@ def stop_agreed(parts: Parts, stop: Stop) -> bool:
 
 
 class Timed:
-    """Hands steps on and measures them: step_s from asking for the data to `event`, data_wait_s the asking."""
+    """Hands steps on and measures them: step_s from asking for the data to `event`, data_wait_s the asking.
 
-    def __init__(self, steps: Iterator[Sequence[Sample]]):
+    device: whose memory is told with each step.
+    """
+
+    def __init__(self, steps: Iterator[Sequence[Sample]], device: torch.device):
         self._steps = steps
+        self._memory = MemoryMeter(device)
         self._asked_s = self._given_s = 0.0
 
     def __iter__(self) -> Timed:
@@ -184,6 +189,7 @@ class Timed:
             step_s=time.perf_counter() - self._asked_s,
             data_wait_s=self._given_s - self._asked_s,
             images=result.images,
+            memory_bytes=self._memory.most_bytes(),
             skipped=result.skipped,
             losses=result.losses,
             by_sigma=result.by_sigma,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -11,7 +12,8 @@ from sana_tune.store import write_atomically
 from sana_tune.watch.events import Stepped
 
 _NAMES = {"train": "loss_train", "regularise": "loss_regularisation"}
-_LONGEST_LINE = 400  # bytes, about twice what a line takes
+_LONGEST_LINE = 700  # bytes, about twice what a line takes
+SIGMA_BINS = 10  # of equal width, 0 to 1
 
 
 def line_of(event: Stepped) -> dict[str, Any]:
@@ -19,7 +21,8 @@ def line_of(event: Stepped) -> dict[str, Any]:
 
     loss is what the step minimised. Where there is regularisation data, loss_train and loss_regularisation are its two
     parts, each in the steps that had such pictures. lr is the rate used by this step; step_s includes data_wait_s;
-    images_s = images / step_s.
+    images_s = images / step_s. memory_bytes: the most that was in use so far. by_sigma: the losses by noise level, see
+    `binned`. Both only where they are known.
     """
     line: dict[str, Any] = {
         "step": event.progress.step,
@@ -32,9 +35,25 @@ def line_of(event: Stepped) -> dict[str, Any]:
         "images_s": round(event.images / event.step_s, 3) if event.step_s > 0 else None,
     }
     line |= {_NAMES[role]: _finite(loss) for role, loss in event.losses.items()}
+    if event.memory_bytes is not None:
+        line["memory_bytes"] = event.memory_bytes
+    if levels := binned(event.by_sigma):
+        line["by_sigma"] = levels
     if event.skipped:
         line["skipped"] = True
     return line
+
+
+def binned(by_sigma: Sequence[tuple[float, float]]) -> list[list[float]]:
+    """(noise level, loss) pairs as [bin, how many, mean loss] of each of the ten bins that has any.
+
+    A line stays short whatever the batch is. Losses that are not finite are left out.
+    """
+    bins: dict[int, list[float]] = {}
+    for sigma, loss in by_sigma:
+        if math.isfinite(loss) and math.isfinite(sigma):
+            bins.setdefault(min(max(int(sigma * SIGMA_BINS), 0), SIGMA_BINS - 1), []).append(loss)
+    return [[place, len(found), float(f"{math.fsum(found) / len(found):.5g}")] for place, found in sorted(bins.items())]
 
 
 def _finite(value: float) -> float | None:

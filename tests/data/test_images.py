@@ -23,6 +23,7 @@ from sana_tune.data.images import (
     measure,
     prepare,
     read_header,
+    shrunk,
 )
 from sana_tune.data.sources import PICTURE_ENDINGS
 from tests.data.pictures import encoded, noise
@@ -677,3 +678,15 @@ def test_a_contact_sheet_has_every_picture_in_its_place():
     dark = np.argwhere(np.abs(sheet.astype(int) - 9).max(axis=-1) < 3)
     assert dark[:, 1].max() - dark[:, 1].min() + 1 == 64 and (sheet[-8:] == 255).all()
     assert (sheet[:24] < 128).any(), "the columns have names"
+
+
+def test_a_small_picture_has_the_same_shape_and_is_never_larger():
+    big = encode_png(np.full((600, 300, 3), (200, 40, 90), np.uint8))
+    data, width, height = shrunk(big, 120)
+    small = Image.open(io.BytesIO(data))
+    assert (width, height) == small.size == (60, 120) and small.format == "WEBP" and len(data) < 500
+    assert np.abs(np.asarray(small.convert("RGB"), int) - (200, 40, 90)).max() < 12
+    assert shrunk(encode_png(np.zeros((8, 16, 3), np.uint8)), 120)[1:] == (16, 8)
+    for damaged in (b"", b"no picture", big[:50]):
+        with pytest.raises(ValueError, match="the file is"):
+            shrunk(damaged, 120)

@@ -69,6 +69,16 @@ def test_batches_hold_what_their_records_say(make, records: list[Record]):
         assert batch.loss_mask is None and batch.role == chosen[0].role
 
 
+def test_the_first_samples_are_those_that_are_trained_first(make):
+    batches = make(accumulation=2, caption_dropout=0.5)
+    trained = [ids for step in batches.steps(0, 3) for _, batch in step for ids in batch.ids]
+    found = list(batches.first(8, 3))
+    assert [record.id for record, _, _ in found] == trained[:8] and all(mask is None for *_, mask in found)
+    assert "" in {caption for _, caption, _ in found}
+    assert all(caption == "" or caption in record.captions for record, caption, _ in found)
+    assert len(list(batches.first(99, 3))) == 12 and list(batches.first(0, 3)) == [] == list(batches.first(9, 0))
+
+
 def test_any_start_continues_the_same_stream(make):
     straight = [summary(step) for step in make(accumulation=2, caption_dropout=0.5).steps(0, 12)]
     for start in (0, 1, 7, 12):

@@ -39,8 +39,9 @@ SMALL: Mapping[str, Any] = {
     "device": "cpu",
     "seed": 11,
     "validation_disable": True,
+    "report": False,
 }
-TIMES = ("step_s", "data_wait_s", "images_s")
+TIMES = ("step_s", "data_wait_s", "images_s", "memory_bytes")  # of the machine, not of what is trained
 
 
 def pictures(
@@ -123,7 +124,7 @@ def pipeline_of(output: Path) -> dict[str, bytes]:
 
 
 def metrics_of(output: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without their times."""
+    """The lines of metrics.jsonl without their times and memory."""
     lines = read_metrics(output / "metrics.jsonl")
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sana_tune.errors import UserError
-from sana_tune.train.device import make_accelerator, resolve_device
+from sana_tune.train.device import MemoryMeter, make_accelerator, resolve_device
 
 
 def test_the_cpu_is_always_there():
@@ -26,3 +26,21 @@ def test_each_run_of_a_process_has_its_own_precision():
         assert accelerator.device.type == "cpu" and accelerator.num_processes == 1
         with accelerator.autocast():
             assert torch.nn.functional.linear(torch.ones(1, 2), torch.ones(2, 2)).dtype == dtype
+
+
+def test_the_most_memory_is_told_and_does_not_fall():
+    meter = MemoryMeter(torch.device("cpu"))
+    before = meter.most_bytes()
+    held = torch.ones(50 * 2**18)  # 50 MiB, all of it touched
+    with_it = meter.most_bytes()
+    del held
+    assert before is not None and with_it is not None and with_it - before > 30 * 2**20
+    assert meter.most_bytes() == with_it
+    assert MemoryMeter(torch.device("meta")).most_bytes() is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_of_a_gpu_it_is_what_torch_handed_out():
+    meter = MemoryMeter(torch.device("cuda"))
+    held = torch.ones(50 * 2**18, device="cuda")
+    assert meter.most_bytes() == torch.cuda.max_memory_allocated() >= held.numel() * 4

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sana_tune.errors import Interrupted, UserError
 from sana_tune.progress import Every, Progress
@@ -128,7 +129,7 @@ def test_resuming_is_exact_to_the_bit(tmp_path: Path, accumulation: int, steps: 
     resumed, recorder, again = run(tmp_path / "b", course, batches=ToyBatches(accumulation), settings=settings)
     assert recorder.story[:3] == [f"Started {steps}", f"Validated {steps}", f"Stepped {steps + 1}"]
     assert progress == again and differences(straight, resumed) == []
-    times = ("step_s", "data_wait_s", "images_s")
+    times = ("step_s", "data_wait_s", "images_s", "memory_bytes")
     one, two = (
         [
             {key: value for key, value in line.items() if key not in times}
@@ -249,11 +250,11 @@ def test_waiting_for_data_is_measured_and_part_of_the_step():
         time.sleep(0.05)
         yield []
 
-    steps = Timed(slow())
+    steps = Timed(slow(), torch.device("cpu"))
     next(steps)
     time.sleep(0.02)
     event = steps.event(Progress(1), StepResult(0.5, 0.1, 1e-5, 4, skipped=False))
     assert 0.05 <= event.data_wait_s < event.step_s and event.step_s >= 0.07
     assert (event.loss, event.grad_norm, event.learning_rate, event.images) == (0.5, 0.1, 1e-5, 4)
     steps.close()
-    Timed(iter([])).close()
+    Timed(iter([]), torch.device("cpu")).close()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sana_tune.progress import Progress
 from sana_tune.watch.events import Stepped
-from sana_tune.watch.metrics import Metrics, last_lines, line_of, read
+from sana_tune.watch.metrics import Metrics, binned, last_lines, line_of, read
 
 KEYS = ["step", "epoch", "loss", "lr", "grad_norm", "step_s", "data_wait_s", "images_s"]
 
@@ -94,3 +94,24 @@ def test_losses_by_role_stand_beside_the_loss():
     both = line_of(replace(stepped(1), losses={"train": 0.75, "regularise": math.nan}))
     assert (both["loss"], both["loss_train"], both["loss_regularisation"]) == (0.5, 0.75, None)
     assert "loss_regularisation" not in line_of(replace(stepped(1), losses={"train": 0.75}))
+
+
+def test_memory_and_losses_by_noise_level_stand_where_they_are_known():
+    line = line_of(replace(stepped(1), memory_bytes=123, by_sigma=((0.31, 1.0), (0.39, 2.0), (1.0, 0.5))))
+    assert line["memory_bytes"] == 123 and line["by_sigma"] == [[3, 2, 1.5], [9, 1, 0.5]]
+
+
+def test_losses_by_noise_level_are_few_numbers_whatever_the_batch_is():
+    many = tuple((number / 1000, 1 / 3) for number in range(1000))
+    found = binned((*many, (0.5, math.nan), (math.nan, 1.0)))
+    assert [count for _, count, _ in found] == [100] * 10 and {loss for *_, loss in found} == {0.33333}
+    assert len(json.dumps(line_of(replace(stepped(10**6), memory_bytes=10**11, by_sigma=many)))) < 500
+    assert binned(()) == []
+
+
+def test_the_last_lines_are_found_when_lines_are_long(tmp_path: Path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    many = tuple((number / 1000, number / 7) for number in range(1000))
+    for step in range(1, 301):
+        metrics.append(replace(stepped(step), memory_bytes=10**11, by_sigma=many))
+    assert [line["step"] for line in last_lines(metrics.path, 50)] == list(range(251, 301))
