@@ -123,6 +123,7 @@ _OF_A_RUN = (
     "validation_images",
     "pipeline",
     "pipeline.json",
+    "checkpoint_scores.json",
 )
 
 

@@ -28,7 +28,7 @@ from sana_tune.data.records import Keys, Record
 from sana_tune.data.stores import open_stores
 from sana_tune.data.survey import Report, Survey, survey
 from sana_tune.errors import Problem, UserError, gather
-from sana_tune.hardware import Device, device_for, no_fp16_on_cpu
+from sana_tune.hardware import Device, device_for, free_ram_bytes, no_fp16_on_cpu
 from sana_tune.log import log
 from sana_tune.memory import (
     Load,
@@ -386,6 +386,7 @@ def run_plan(
         datasets=dataset_plans(loaded),
         timeline=timeline_for(loaded, buckets),
         learns_from_base=learns_from_base(config, buckets),
+        main_memory_bytes=free_ram_bytes(),
     )
     return replace(plan, step_s=measured_step_s(output, plan))
 

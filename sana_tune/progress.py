@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -35,11 +36,24 @@ class Progress:
 
 @dataclass(frozen=True)
 class Every:
-    """An interval in optimizer steps. 0 steps = never."""
+    """An interval in optimizer steps, and one in epochs. 0 = never."""
 
     steps: int = 0
+    epochs: float = 0
 
 
-def due(every: Every, progress: Progress) -> bool:
-    """Whether something that happens every so many steps happens right after `progress`."""
-    return every.steps > 0 and progress.step > 0 and progress.step % every.steps == 0
+def due(every: Every, progress: Progress, before: Progress | None = None) -> bool:
+    """Whether something that happens every so many steps or epochs happens right after `progress`.
+
+    before: where the run stood a step earlier; an epoch that ended between the two counts. None: epochs do not.
+    """
+    if every.steps > 0 and progress.step > 0 and progress.step % every.steps == 0:
+        return True
+    if before is None or every.epochs <= 0:
+        return False
+    return _whole(progress.epoch / every.epochs) > _whole(before.epoch / every.epochs)
+
+
+def _whole(number: float) -> int:
+    """The whole part, where 2.9999999999999996 is 3: epochs are quotients."""
+    return math.floor(number + 1e-9)

@@ -50,6 +50,7 @@ from sana_tune.prepare import (
 )
 from sana_tune.progress import Progress
 from sana_tune.roles import is_regularised, learns_from_base, windows
+from sana_tune.train.room import Room
 from sana_tune.train.signals import LeaveNow, Stop
 from sana_tune.watch.card import model_card
 from sana_tune.watch.events import Failed
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from sana_tune.data.loader import Batches
     from sana_tune.data.order import Order
     from sana_tune.model.flow import Objective
+    from sana_tune.train.checkpoint import Checkpoints
     from sana_tune.train.ema import Ema, NoEma
     from sana_tune.train.release import Release
     from sana_tune.train.scale import LossScale, NoLossScale
@@ -220,7 +222,6 @@ def without(prepared: Prepared, broken: Mapping[str, str]) -> Prepared:
 
 def train(prepared: Prepared, caches: Caches, accelerator: Accelerator, watcher: Watcher, stop: Stop) -> Progress:
     """Build the parts and run the loop."""
-    from sana_tune.train.checkpoint import Checkpoints
     from sana_tune.train.loop import fit
 
     config = prepared.config
@@ -231,13 +232,27 @@ def train(prepared: Prepared, caches: Caches, accelerator: Accelerator, watcher:
             parts,
             supply.steps(batches_of(prepared, caches, supply.reading, supply.records)),
             validator_of(prepared, supply.reading.text, parts, stop),
-            Checkpoints(prepared.output.root, config.train.checkpoints_total_limit, identity_of(config)),
+            checkpoints_of(prepared),
             watcher,
             stop,
             resume=prepared.checkpoint,
             export=lambda progress: export(prepared, parts, progress),
             max_bad_steps=config.train.max_bad_steps,
         )
+
+
+def checkpoints_of(prepared: Prepared) -> Checkpoints:
+    """Where the run saves to, how, and what stays."""
+    from sana_tune.train.checkpoint import Checkpoints
+
+    config, saving = prepared.config, prepared.plan.saving
+    return Checkpoints(
+        prepared.output.root,
+        saving.keeping,
+        identity_of(config),
+        background=saving.background,
+        room=Room(config.train.disk_low_threshold, config.train.disk_low_action, config.train.disk_low_script),
+    )
 
 
 def batches_of(

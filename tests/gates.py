@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("store",),
     ("data", "model", "watch"),
-    ("memory", "schedule"),
+    ("memory", "schedule", "saving"),
     ("plan", "prompts", "output"),
     ("roles",),
     ("train",),

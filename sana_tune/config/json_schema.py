@@ -25,6 +25,7 @@ from sana_tune.config.values import (
     WIDEST,
     parse_aspect_buckets,
     parse_colour,
+    parse_disk_size,
     parse_instruction,
     parse_levels,
     parse_optimizer_config,
@@ -231,6 +232,8 @@ def _ways(key: str, info: FieldInfo, member: Any) -> list[Schema]:
         return [{"type": "array", "items": {"type": "string"}}, {"type": "string"}]
     if member is parse_colour:
         return [{"type": "string"}]
+    if member is parse_disk_size:
+        return [{"type": "number", "minimum": 0}, {"type": "string"}]
     if member is parse_table:
         return [_block(TABLE_KEYS, ["path"])]
     if member is parse_hub:

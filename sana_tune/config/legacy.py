@@ -30,7 +30,6 @@ OFF: tuple[Any, ...] = (None, "", False, "false", "False", "none", "None", "no",
 # Not built yet, and it changes what is trained: refused unless off. The values beside a key also mean "off".
 LATER_TRAINING: dict[str, tuple[Any, ...]] = {
     "base_model_precision": (),
-    "checkpoint_epoch_interval": (),
     "eval_dataset_id": (),
     "fuse_optimizer": (),
     "gradient_precision": ("unmodified",),
@@ -59,7 +58,6 @@ LATER_TRAINING: dict[str, tuple[Any, ...]] = {
 
 # Not built yet, and it only adds output or saves memory while caching: accepted with a loud note.
 LATER_OUTPUT: dict[str, tuple[Any, ...]] = {
-    "disk_low_threshold": (),
     "eval_epoch_interval": (),
     "eval_steps_interval": (),
     "evaluation_type": (),
@@ -87,9 +85,6 @@ LATER_OUTPUT: dict[str, tuple[Any, ...]] = {
     "validation_prompt_library": (),
     "validation_randomize": (),
     "webhook_config": (),
-    "checkpointing_rolling_steps": (),
-    "disk_low_action": ("stop",),
-    "disk_low_script": (),
     "enable_watermark": (),
     "eval_dataset_pooling": (),
     "eval_timesteps": (),
@@ -147,7 +142,6 @@ NO_EFFECT: dict[str, str] = {
     "aspect_ratio_bucket_max": "buckets follow from the pictures",
     "aspect_ratio_bucket_min": "buckets follow from the pictures",
     "checkpointing_use_tempdir": "checkpoints are always written aside and renamed",
-    "checkpoints_rolling_total_limit": "it belongs to checkpointing_rolling_steps, which is not built yet",
     "conditioning_multidataset_sampling": "there is one conditioning set at most",
     "debug_aspect_buckets": "the plan shows the buckets, log.txt the details",
     "debug_dataset_loader": "log.txt holds the details",

@@ -9,6 +9,7 @@ from typing import Any
 from sana_tune.config.choices import LR_CYCLES_USED_BY, LR_END_DEFAULTS, LR_POWER_USED_BY
 from sana_tune.config.datasets import ConditioningDataset, EvalDataset, ImageDataset
 from sana_tune.config.optimizers import keeps_bf16, options_of, stuck_share
+from sana_tune.config.saving_rules import kept_ones_are_saved, script_is_named, unused_saving_settings
 from sana_tune.config.schema import Config
 from sana_tune.config.source_rules import SOURCE_RULES, unused_source_settings
 from sana_tune.config.values import nearest, optimizer_options
@@ -478,6 +479,8 @@ CONFIG_RULES: tuple[Callable[[Config], Problem | None], ...] = (
     end_below_start,
     one_distribution,
     one_weighting,
+    script_is_named,
+    kept_ones_are_saved,
 )
 
 
@@ -503,5 +506,5 @@ def check_rules(
             "maximum_image_size and target_downsample_size do nothing with crop: false "
             f"(datasets {', '.join(inert)}): pictures are resized once to their bucket"
         )
-    notes += unused_roles(config, datasets, masks)
+    notes += unused_roles(config, datasets, masks) + unused_saving_settings(config, datasets)
     return problems

@@ -65,7 +65,7 @@ def fit(
     progress, spoiled = checkpoints.restore(parts, resume), Spoiled(max_bad_steps)
     epochs = plan.epoch_after(plan.total_steps)
     watcher.emit(Started(progress, plan.total_steps, plan.steps_per_epoch, resume and str(resume.path), epochs))
-    with stop.deferred():
+    with stop.deferred(), checkpoints.telling(watcher.emit, lambda: stop.requested):
         watcher.emit(validator.start(parts, progress))
         if stop_agreed(parts, stop):  # nothing was trained yet, so the next start draws these pictures again
             watcher.emit(Stopped(progress, stop.reason))
@@ -78,7 +78,7 @@ def fit(
                     result = passed_over(parts, micro_batches, progress)
                 else:
                     result = train_step(parts, micro_batches, progress)
-                progress = progress.advance(result.images, plan.epoch_after(progress.step + 1))
+                before, progress = progress, progress.advance(result.images, plan.epoch_after(progress.step + 1))
                 watcher.emit(steps.event(progress, result))
                 if result.spoiled and (held := checkpoints.held()) is not None:
                     spoiled.add(progress, result, held)
@@ -87,15 +87,13 @@ def fit(
                     watcher.emit(Started(progress, plan.total_steps, plan.steps_per_epoch, str(held.path)))
                     continue
                 patience.check(progress, result)
-                if due(plan.save_every, progress):
-                    watcher.emit(checkpoints.save(parts, progress))
+                checkpoints.poll()
+                checkpoints.save_due(plan.save_every, parts, before, progress)
                 if due(plan.validate_every, progress) and progress.step < plan.total_steps:
                     watcher.emit(validator.run(parts, progress))
                 if stop_agreed(parts, stop):
                     break
-        if saved := checkpoints.save_if_newer(parts, progress):
-            watcher.emit(saved)
-        if progress.step < plan.total_steps:
+        if not checkpoints.finish(parts, progress) or progress.step < plan.total_steps:
             watcher.emit(Stopped(progress, stop.reason))
             raise stop.interrupted()
         watcher.emit(validator.finish(parts, progress))
