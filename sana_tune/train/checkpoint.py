@@ -282,7 +282,7 @@ class Checkpoints:
         pause = _Pause()
         while (verdict := self._agreed(self._room_verdict(flight, failed, pause))) == _Verdict.WAIT:
             failed = False
-            for _ in slices(self.room.look_s):
+            for _ in slices(pause.wait_s):
                 if self._stopping():
                     break
         progress = flight.snapshot.progress
@@ -309,8 +309,9 @@ class Checkpoints:
         except OSError as error:
             what = f"checkpoint-{step} cannot be written there: {error}"
             return self._failing(Problem(str(self.output_dir), what, "bring the folder back and start again"), error)
+        pause.wait_s = self.room.look_s
         if lack is None and failed:
-            lack = Lack(0, size, "the disk took no more, whatever it tells of free space")
+            lack, pause.wait_s = Lack(0, size, "the disk took no more, whatever it tells of free space"), self.room.retry_s
         if lack is None:
             return _Verdict.GO
         free, needed = human_bytes(lack.free_bytes), human_bytes(lack.needed_bytes)
@@ -393,6 +394,7 @@ class _Pause:
 
     told_s: float | None = None
     called: bool = False
+    wait_s: float = 1.0
 
     def is_due(self, tell_s: float) -> bool:
         """Whether it is to be said, for the first time or again."""

@@ -41,13 +41,15 @@ class Room:
     """What must be free before a checkpoint is written, and what to do otherwise.
 
     threshold: as values.parse_disk_size takes it; None = the checkpoint's size alone. script: of the action of that
-    name. look_s: seconds between two looks at a full disk; tell_s: between two messages about it.
+    name. look_s: seconds between two looks at a full disk; retry_s: before a write is tried again that failed though the
+    disk tells of room (a quota); tell_s: between two messages.
     """
 
     threshold: str | None = None
     action: Action = "wait"
     script: str | None = None
-    look_s: float = 5.0
+    look_s: float = 1.0
+    retry_s: float = 30.0
     tell_s: float = 1800.0
 
     def lack(self, folder: Path, size_bytes: int, freed_bytes: int = 0) -> Lack | None:
