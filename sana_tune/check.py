@@ -41,6 +41,7 @@ from sana_tune.output import Output
 from sana_tune.plan import Plan, human_bytes, memory_warnings
 from sana_tune.prepare import (
     cache_needs,
+    check_decoder,
     check_drawing_sizes,
     existing,
     finished,
@@ -52,8 +53,10 @@ from sana_tune.prepare import (
     resumed,
     run_plan,
     survey_of,
+    texts_of,
     weights_dtype,
 )
+from sana_tune.prompts import Prompt
 from sana_tune.roles import held_out_copies, held_out_warning
 from sana_tune.store import Store
 from sana_tune.train.folders import Checkpoint
@@ -166,9 +169,10 @@ def look_over(
     writable = not found.problems
     with _told_to(found.warnings):
         checkpoint = gather(found.problems, lambda: resumed(config, output))
-        prompts = gather(found.problems, lambda: prompts_wanted(config)) or {}
+        drawn = gather(found.problems, lambda: prompts_wanted(config)) or {}
         model, facts = _model(config, found)
-        gather(found.problems, lambda: check_drawing_sizes(config, facts))
+        gather(found.problems, lambda: check_drawing_sizes(config, facts, drawn))
+        gather(found.problems, lambda: check_decoder(config, facts))
         memory = FileMemory(output.file_memory if writable else None)
         surveyed = gather(
             found.problems, lambda: survey_of(loaded, facts, memory, stores, headers_only=True, report=report)
@@ -184,14 +188,14 @@ def look_over(
                 found.problems += strict_problems(loaded.datasets, surveyed.records, looked.broken)
             surveyed = surveyed.without(looked.broken)
         _held_out(surveyed, looked, found)
-        long = _too_long(config, model, output if writable else None, surveyed, prompts, found)
+        long = _too_long(config, model, output if writable else None, surveyed, texts_of(drawn), found)
         datasets = _datasets(loaded, surveyed, long)
         if model is not None and surveyed.records:
             plan = gather(
                 found.problems,
-                lambda: _plan(loaded, output, model, facts, surveyed, prompts, checkpoint, device.result()),
+                lambda: _plan(loaded, output, model, facts, surveyed, drawn, checkpoint, device.result()),
             )
-        _doubts(config, prompts, datasets, long, found)
+        _doubts(config, texts_of(drawn), datasets, long, found)
     if plan is not None:
         _of_the_plan(config, output, plan, checkpoint, found)
     return Report(
@@ -418,7 +422,7 @@ def _doubts(
     marked = [name for name, text in prompts.items() if has_placeholder(name) or has_placeholder(text)]
     if marked:
         found.warnings.append(f"prompts still hold a placeholder for the subject: {_few(marked)}; put its name there")
-    short = [f"{name} ({text!r})" for name, text in prompts.items() if is_short(text)]
+    short = [f"{name} ({text!r})" for name, text in prompts.items() if text and is_short(text)]
     if short:
         found.warnings.append(f"prompts of a few words look bad with Sana: {_few(short)}; describe the picture")
     cut = [name for name, text in prompts.items() if too_long and text in too_long]
@@ -471,7 +475,7 @@ def _plan(
     model: Model,
     facts: ModelFacts,
     surveyed: Survey,
-    prompts: Mapping[str, str],
+    prompts: Mapping[str, Prompt],
     checkpoint: Checkpoint | None,
     device: Device | None,
 ) -> Plan:
@@ -479,8 +483,8 @@ def _plan(
     folder = None if model.folder is None else Path(model.folder)
     keys = _keys(loaded.config, folder, output)
     buckets = make_buckets(surveyed.records, loaded.datasets)
-    caches = cache_needs(loaded, output, facts, surveyed, prompts, keys)
-    return run_plan(loaded, output, facts, folder, buckets, caches, checkpoint, (), device)
+    caches = cache_needs(loaded, output, facts, surveyed, texts_of(prompts), keys)
+    return run_plan(loaded, output, facts, folder, buckets, caches, checkpoint, (), device, prompts)
 
 
 def _keys(config: Config, folder: Path | None, output: Output) -> Keys | None:

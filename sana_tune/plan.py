@@ -170,6 +170,7 @@ class Plan:
     epochs_shown: tuple[EpochsPlan, ...] = ()
     saving: SavingPlan = field(default_factory=lambda: SavingPlan(0, False, ""))
     timeline: Timeline | None = field(default=None, compare=False, repr=False)
+    pictures: tuple[str, ...] = ()  # what is drawn and when, in words
 
     def epoch_after(self, step: int) -> float:
         """Epochs that are done after so many steps, the share of the one that it ends in counted."""
@@ -322,7 +323,7 @@ def make_plan(
         images_seen=_images_seen(buckets, steps * per_step, timeline),
         first_step=first_step,
         save_every=saved_at(config),
-        validate_every=Every(config.validation.validation_step_interval),
+        validate_every=validation_interval(config),
         caches=tuple(caches),
         disk=disk_need(config, facts, steps, caches, other_model_bytes, epochs=epochs),
         disk_free_bytes=disk_free_bytes,
@@ -349,6 +350,17 @@ def training_host_bytes(memory: MemoryPlan | None) -> int:
         return 0
     on_cpu = memory.device is not None and memory.device.kind == "cpu"
     return memory.need.total_bytes if on_cpu else memory.host_bytes
+
+
+def validation_interval(config: Config) -> Every:
+    """When validation pictures are due on the way."""
+    wanted = config.validation
+    return Every(
+        wanted.validation_step_interval,
+        wanted.validation_epoch_interval or 0.0,
+        wanted.validate_after_step,
+        wanted.validate_after_epoch,
+    )
 
 
 def _mean_batch(buckets: Sequence[Bucket]) -> float:
@@ -512,6 +524,7 @@ def plan_lines(plan: Plan, ledger: Ledger) -> list[str]:
         lines.append(f"Weights: {plan.weights.dtype} ({plan.weights.why})")
     lines.append(f"Length: {length_line(plan)}")
     lines += schedule_lines(plan)
+    lines += [f"Pictures: {line}" if number == 0 else f"    {line}" for number, line in enumerate(plan.pictures)]
     lines += [f"Time: {line}" for line in time_lines(plan)]
     lines += [f"Memory: {line}" if number == 0 else line for number, line in enumerate(memory_lines(plan))]
     lines.append(f"Checkpoints: {saving_line(plan)}")

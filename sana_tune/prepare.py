@@ -40,7 +40,7 @@ from sana_tune.memory import (
     plan_memory,
     resident_needed,
 )
-from sana_tune.model import fetch
+from sana_tune.model import fetch, preview_file
 from sana_tune.model.facts import ModelFacts, check_bf16, check_size, estimated_bytes, from_folder, known
 from sana_tune.model.identity import latent_identity, text_identity
 from sana_tune.model.instruction import resolve_instruction
@@ -59,7 +59,7 @@ from sana_tune.plan import (
     text_bytes,
 )
 from sana_tune.progress import Progress
-from sana_tune.prompts import prompts_of
+from sana_tune.prompts import Prompt, drawing_lines, prompts_of
 from sana_tune.roles import dataset_plans, held_out_copies, learns_from_base, priced, timeline_for
 from sana_tune.store import FolderStore, Store
 from sana_tune.train.folders import Checkpoint, check_identity, find, folder_name, read
@@ -81,7 +81,7 @@ class Prepared:
     buckets: tuple[Bucket, ...]
     keys: Keys
     plain_keys: Keys  # of texts that never have the instruction: negative prompts
-    prompts: Mapping[str, str]
+    drawn: Mapping[str, Prompt]  # nickname → what is to be drawn; in the order of the pictures
     checkpoint: Checkpoint | None
     plan: Plan
     stores: Mapping[str, Store]  # where the pictures of each dataset are
@@ -90,6 +90,11 @@ class Prepared:
     def config(self) -> Config:
         """What was asked, with the dtype of the weights decided."""
         return settled(self.loaded.config, self.plan.weights)
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """Nickname → final text of every prompt to be drawn."""
+        return texts_of(self.drawn)
 
     @property
     def captions(self) -> dict[str, str]:
@@ -104,18 +109,14 @@ class Prepared:
 
     @property
     def negatives(self) -> dict[str, str]:
-        """Cache key → text that never has the instruction: the negative prompt, where prompts are drawn."""
-        return {self.plain_keys.text(self.negative): self.negative} if self.prompts else {}
+        """Cache key → text that never has the instruction: the negative prompts of what is drawn."""
+        texts = dict.fromkeys(prompt.negative for prompt in self.drawn.values())
+        return {self.plain_keys.text(text): text for text in texts}
 
     @property
     def device(self) -> Device | None:
         """Where the run is to take place, if that is known."""
         return self.plan.memory and self.plan.memory.device
-
-    @property
-    def negative(self) -> str:
-        """The final negative prompt."""
-        return clean_caption(self.config.validation.validation_negative_prompt, self.config.model.prompt_case)
 
 
 def prepare(loaded: Loaded, output: Output, notes: Sequence[str] = (), *, fresh: bool = False) -> Prepared:
@@ -133,7 +134,8 @@ def prepare(loaded: Loaded, output: Output, notes: Sequence[str] = (), *, fresh:
     gather(problems, lambda: check_folders(loaded, stores))
     expected = gather(problems, lambda: facts_at_hand(config))
     if expected is not None:
-        gather(problems, lambda: check_drawing_sizes(config, expected))
+        gather(problems, lambda: check_drawing_sizes(config, expected, prompts or {}))
+        gather(problems, lambda: check_decoder(config, expected))
     if problems:
         raise UserError(*problems)
     surveyed, device = None, device_for(config.train.device)
@@ -146,7 +148,8 @@ def prepare(loaded: Loaded, output: Output, notes: Sequence[str] = (), *, fresh:
     facts = from_folder(folder, name)
     if surveyed is None or expected is None or expected.vae_factor != facts.vae_factor:
         surveyed = look(loaded, facts, memory, stores)
-    check_drawing_sizes(config, facts)
+    check_drawing_sizes(config, facts, prompts or {})
+    check_decoder(config, facts)
     return plan_of(loaded, output, facts, folder, surveyed, prompts or {}, checkpoint, notes, device, stores)
 
 
@@ -209,8 +212,8 @@ def check_precision(loaded: Loaded, facts: ModelFacts, device: Device | None) ->
         raise UserError(problem)
 
 
-def prompts_wanted(config: Config) -> dict[str, str]:
-    """Nickname → final text of every prompt to be drawn."""
+def prompts_wanted(config: Config) -> dict[str, Prompt]:
+    """Nickname → every prompt to be drawn; none for validation_disable."""
     clean = partial(clean_caption, case=config.model.prompt_case)
     return {} if config.validation.validation_disable else prompts_of(config.validation, clean)
 
@@ -312,12 +315,24 @@ class Looking:
             log.info(text, dataset, done, total, pace, (total - done) / pace / 60)
 
 
-def check_drawing_sizes(config: Config, facts: ModelFacts) -> None:
+def texts_of(prompts: Mapping[str, Prompt]) -> dict[str, str]:
+    """Nickname → final text."""
+    return {name: prompt.text for name, prompt in prompts.items()}
+
+
+def check_drawing_sizes(config: Config, facts: ModelFacts, prompts: Mapping[str, Prompt]) -> None:
     """Raise UserError for validation sizes that the pipeline cannot draw."""
-    sizes = drawing_sizes(config, facts)
-    problems = [check_size(width, height, facts.vae_factor) for width, height in sizes]
+    sizes = [*drawing_sizes(config, facts), *(size for prompt in prompts.values() for size in prompt.sizes)]
+    problems = [check_size(width, height, facts.vae_factor) for width, height in dict.fromkeys(sizes)]
     if any(problems):
         raise UserError(*(problem for problem in problems if problem))
+
+
+def check_decoder(config: Config, facts: ModelFacts) -> None:
+    """Raise UserError for a decoder of previews that is not there, or cannot be this model's."""
+    wanted = config.validation
+    if wanted.validation_preview and wanted.validation_preview_decoder and not wanted.validation_disable:
+        preview_file.check(wanted.validation_preview_decoder, facts)
 
 
 def drawing_sizes(config: Config, facts: ModelFacts) -> list[tuple[int, int]]:
@@ -332,7 +347,7 @@ def plan_of(
     facts: ModelFacts,
     folder: Path,
     surveyed: Survey,
-    prompts: Mapping[str, str],
+    prompts: Mapping[str, Prompt],
     checkpoint: Checkpoint | None,
     notes: Sequence[str],
     device: Device | None,
@@ -341,9 +356,9 @@ def plan_of(
     """Buckets, keys, caches and the plan from what was found. device: where it is to run, if that is known."""
     keys, plain_keys = keys_of(loaded.config, folder, output)
     buckets = make_buckets(surveyed.records, loaded.datasets)
-    caches = cache_needs(loaded, output, facts, surveyed, prompts, keys)
+    caches = cache_needs(loaded, output, facts, surveyed, texts_of(prompts), keys)
     told = (*notes, *held_out_copies(surveyed.records))
-    plan = run_plan(loaded, output, facts, folder, buckets, caches, checkpoint, told, device)
+    plan = run_plan(loaded, output, facts, folder, buckets, caches, checkpoint, told, device, prompts)
     return Prepared(
         loaded, output, facts, folder, surveyed, buckets, keys, plain_keys, prompts, checkpoint, plan, stores
     )
@@ -359,6 +374,7 @@ def run_plan(
     checkpoint: Checkpoint | None,
     notes: Sequence[str],
     device: Device | None,
+    prompts: Mapping[str, Prompt],
 ) -> Plan:
     """The plan, with memory and speed. folder: None for a model that is not on this machine yet.
 
@@ -388,7 +404,8 @@ def run_plan(
         learns_from_base=learns_from_base(config, buckets),
         main_memory_bytes=free_ram_bytes(),
     )
-    return replace(plan, step_s=measured_step_s(output, plan))
+    drawn = drawing_lines(config, prompts, drawing_sizes(config, facts))
+    return replace(plan, step_s=measured_step_s(output, plan), pictures=drawn)
 
 
 def memory_of(

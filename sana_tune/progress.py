@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -36,24 +36,31 @@ class Progress:
 
 @dataclass(frozen=True)
 class Every:
-    """An interval in optimizer steps, and one in epochs. 0 = never."""
+    """An interval in optimizer steps, one in epochs, or both. 0 = never.
+
+    after_step, after_epoch: nothing is due before so many steps and epochs are done.
+    """
 
     steps: int = 0
-    epochs: float = 0
+    epochs: float = 0.0
+    after_step: int = 0
+    after_epoch: float = 0.0
 
 
-def due(every: Every, progress: Progress, before: Progress | None = None) -> bool:
-    """Whether something that happens every so many steps or epochs happens right after `progress`.
+def due(every: Every, progress: Progress, epoch_after: Callable[[int], float] | None = None) -> bool:
+    """Whether something that happens at an interval happens right after `progress`.
 
-    before: where the run stood a step earlier; an epoch that ended between the two counts. None: epochs do not.
+    An interval of epochs is due at the step that ends them, or, where a step goes on into the next epoch, at that one.
+    epoch_after: epochs that are done after so many steps; needed for intervals in epochs alone.
     """
-    if every.steps > 0 and progress.step > 0 and progress.step % every.steps == 0:
-        return True
-    if before is None or every.epochs <= 0:
+    if progress.step <= 0 or progress.step < every.after_step or progress.epoch < every.after_epoch - _ROUNDING:
         return False
-    return _whole(progress.epoch / every.epochs) > _whole(before.epoch / every.epochs)
+    if every.steps > 0 and progress.step % every.steps == 0:
+        return True
+    if every.epochs <= 0 or epoch_after is None:
+        return False
+    ended = (int(epoch_after(step) / every.epochs + _ROUNDING) for step in (progress.step - 1, progress.step))
+    return next(ended) < next(ended)
 
 
-def _whole(number: float) -> int:
-    """The whole part, where 2.9999999999999996 is 3: epochs are quotients."""
-    return math.floor(number + 1e-9)
+_ROUNDING = 1e-9  # epochs are fractions

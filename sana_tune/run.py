@@ -31,12 +31,12 @@ from sana_tune.config.values import optimizer_options
 from sana_tune.data.buckets import Bucket, trained
 from sana_tune.data.records import Record
 from sana_tune.data.survey import Survey, strict_problems
+from sana_tune.drawing import autocast_dtype, precision, snippet_of, validator_of
 from sana_tune.errors import Interrupted, Problem, UserError
 from sana_tune.log import log
 from sana_tune.output import Output
 from sana_tune.prepare import (
     Prepared,
-    drawing_sizes,
     finished_already,
     identity_of,
     plan_of,
@@ -57,20 +57,18 @@ from sana_tune.watch.events import Failed
 from sana_tune.watch.sinks import MetricsSink, Sink, Watcher, screen
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from accelerate import Accelerator
 
-    from sana_tune.data.cache import Tensors
     from sana_tune.data.loader import Batches
     from sana_tune.data.order import Order
     from sana_tune.model.flow import Objective
+    from sana_tune.model.rollout import Rollout
     from sana_tune.train.checkpoint import Checkpoints
     from sana_tune.train.ema import Ema, NoEma
     from sana_tune.train.release import Release
     from sana_tune.train.scale import LossScale, NoLossScale
     from sana_tune.train.step import Parts
-    from sana_tune.train.validate import NoValidator, Picture, Validator
 
 
 def run(loaded: Loaded, *, notes: Sequence[str] = (), restart: bool = False, sinks: Sequence[Sink] = ()) -> Progress:
@@ -209,7 +207,7 @@ def without(prepared: Prepared, broken: Mapping[str, str]) -> Prepared:
         prepared.facts,
         prepared.folder,
         left,
-        prepared.prompts,
+        prepared.drawn,
         prepared.checkpoint,
         prepared.plan.notes,
         prepared.device,
@@ -227,18 +225,23 @@ def train(prepared: Prepared, caches: Caches, accelerator: Accelerator, watcher:
     config = prepared.config
     parts = build_parts(prepared, accelerator)
     with closing(Supply(prepared, caches, redraw_of(prepared), accelerator.device, watcher)) as supply:
-        return fit(
-            prepared.plan,
-            parts,
-            supply.steps(batches_of(prepared, caches, supply.reading, supply.records)),
-            validator_of(prepared, supply.reading.text, parts, stop),
-            checkpoints_of(prepared),
-            watcher,
-            stop,
-            resume=prepared.checkpoint,
-            export=lambda progress: export(prepared, parts, progress),
-            max_bad_steps=config.train.max_bad_steps,
-        )
+        validator = validator_of(prepared, caches, supply.reading.text, parts, stop, watcher.emit)
+        try:
+            return fit(
+                prepared.plan,
+                parts,
+                supply.steps(batches_of(prepared, caches, supply.reading, supply.records)),
+                validator,
+                checkpoints_of(prepared),
+                watcher,
+                stop,
+                resume=prepared.checkpoint,
+                export=lambda progress: export(prepared, parts, progress),
+                max_bad_steps=config.train.max_bad_steps,
+            )
+        finally:  # the last word: a line of hours ago is read by nobody
+            for notice in validator.lost():
+                watcher.emit(notice)
 
 
 def checkpoints_of(prepared: Prepared) -> Checkpoints:
@@ -323,6 +326,7 @@ def build_parts(prepared: Prepared, accelerator: Accelerator) -> Parts:
         levels=prepared.plan.levels,
         objective=objective_of(config.loss),
         perturbation=Perturbation(config.loss.input_perturbation, config.loss.input_perturbation_steps),
+        rollout=rollout_of(config),
         base=base,
         regularised=is_regularised(prepared.buckets),
         compiled=config.model.dynamo_backend != "no",
@@ -388,6 +392,22 @@ def objective_of(settings: LossConfig) -> Objective:
         weighting=settings.loss_weighting,
         snr_gamma=settings.snr_gamma or 0.0,
         soft=settings.use_soft_min_snr,
+    )
+
+
+def rollout_of(config: Config) -> Rollout:
+    """Which samples are rolled in, and how: with steps as long as those that draw the validation pictures."""
+    from sana_tune.model.rollout import OFF, Reflex, Rollout
+
+    asked = {key.removeprefix("scheduled_sampling_"): value for key, value in config.rollout}
+    if not asked["max_step_offset"]:
+        return OFF
+    reflex = Reflex(asked["reflexflow_alpha"], asked["reflexflow_beta1"], asked["reflexflow_beta2"])
+    return Rollout(
+        max_offset=asked["max_step_offset"],
+        steps=config.validation.validation_num_inference_steps,
+        reflex=None if asked["reflexflow"] is False else reflex,
+        **{key: value for key, value in asked.items() if key != "max_step_offset" and not key.startswith("reflexflow")},
     )
 
 
@@ -469,59 +489,12 @@ def base_model(prepared: Prepared, device: torch.device) -> Any:
     return freeze(base, dtype, autocast=autocast_dtype(prepared.loaded, weights)).to(device)
 
 
-def validator_of(prepared: Prepared, text: Tensors, parts: Parts, stop: Stop) -> Validator | NoValidator:
-    """The validator of the run. Its VAE is loaded when pictures are drawn and let go of afterwards."""
-    from sana_tune.data.images import encode_png
-    from sana_tune.model.generate import Painter
-    from sana_tune.train.validate import NoValidator, Validator
-
-    if not prepared.prompts:
-        return NoValidator()
-    settings, device = prepared.config.validation, parts.accelerator.device
-    autocast = autocast_dtype(prepared.loaded, prepared.plan.weights.dtype) if device.type != "cpu" else None
-    painter = Painter(prepared.folder, device, autocast=autocast, variant=prepared.config.model.variant)
-
-    def draw(picture: Picture) -> np.ndarray:
-        return painter.draw(
-            parts.bare,
-            text.get(prepared.keys.text(picture.prompt)),
-            text.get(prepared.plain_keys.text(prepared.negative)),
-            width=picture.width_px,
-            height=picture.height_px,
-            steps=settings.validation_num_inference_steps,
-            guidance=settings.validation_guidance,
-            seed=picture.seed,
-        )
-
-    return Validator(
-        prepared.output.pictures,
-        prepared.prompts,
-        drawing_sizes(prepared.config, prepared.facts),
-        draw,
-        encode_png,
-        images_per_prompt=settings.num_validation_images,
-        seed=drawing_seed(prepared.config),
-        base=not settings.disable_benchmark,
-        stopped=lambda: stop.requested,
-        release=painter.release,
-    )
-
-
 def export(prepared: Prepared, parts: Parts, progress: Progress) -> str:
     """Write the finished pipeline. Answers its folder."""
     from sana_tune.model.export import export_pipeline
 
     config, facts = prepared.config, prepared.facts
-    (width, height), settings = drawing_sizes(config, facts)[0], config.validation
-    sample = {
-        "prompt": next(iter(prepared.prompts.values()), "a photo"),
-        "width": width,
-        "height": height,
-        "steps": settings.validation_num_inference_steps,
-        "guidance": settings.validation_guidance,
-        "seed": drawing_seed(config),
-        "dtype": str(parts.input_dtype).removeprefix("torch."),
-    }
+    sample = {**snippet_of(prepared), "dtype": str(parts.input_dtype).removeprefix("torch.")}
     training = {
         "Steps": progress.step,
         "Images seen": progress.images,
@@ -543,27 +516,3 @@ def export(prepared: Prepared, parts: Parts, progress: Progress) -> str:
     export_pipeline(prepared.folder, weights, average or None, out, card, variant=config.model.variant)
     write_down_export(prepared.output, progress)
     return str(out)
-
-
-def drawing_seed(config: Config) -> int:
-    """Seed of validation pictures."""
-    asked = config.validation.validation_seed
-    return config.train.seed if asked is None else asked
-
-
-def precision(loaded: Loaded) -> str:
-    """Accelerate's mixed_precision: what was asked for; where nobody asked, bf16 on an accelerator and no on a CPU."""
-    asked = loaded.config.model.mixed_precision
-    if loaded.origins["mixed_precision"] != "default":
-        return asked
-    from sana_tune.train.device import resolve_device
-
-    return "no" if resolve_device(loaded.config.train.device) == "cpu" else asked
-
-
-def autocast_dtype(loaded: Loaded, weights: str) -> torch.dtype | None:
-    """What drawing computes in beside fp32 masters; None = the weights' own dtype, which is `weights`."""
-    import torch
-
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    return dtypes.get(precision(loaded)) if weights == "fp32" else None

@@ -3,6 +3,7 @@
 python scripts/benchmark_engine.py rewrites           time on the CPU at 40 M parameters, pairwise
 python scripts/benchmark_engine.py counts             1.6B: kernels, bytes moved and kept, without computing anything
 python scripts/benchmark_engine.py strata             stratified noise levels: how steady a step's loss is, on nano
+python scripts/benchmark_engine.py previews           what previews cost beside the sampling, at the default interval
 python scripts/benchmark_engine.py step [ARGUMENTS]   scripts/benchmark.py over a model of 30 M parameters
 sana_tune bench                                       whole steps of any model, on a GPU too
 """
@@ -227,6 +228,56 @@ def steadiness(batch: int, steps: int) -> float:
     return statistics.variance(losses[True]) / statistics.variance(losses[False])
 
 
+def preview_cost(model: Path, side: int, rounds: int) -> tuple[float, float, float]:
+    """Seconds of 20 sampler steps on the CPU without and with previews, and the share that these cost, from pairs.
+
+    model: with nano's VAE and text encoder. side: of the pictures, px. The linear map is a random one: it costs the same.
+    """
+    import torch
+
+    from sana_tune.config.schema import ValidationConfig
+    from sana_tune.data.images import encode_png
+    from sana_tune.model import generate, preview
+    from sana_tune.model.sana import load_transformer
+    from sana_tune.progress import Progress
+    from sana_tune.train.previews import Previews
+    from sana_tune.train.validate import Picture
+
+    transformer = load_transformer(model)
+    channels, width = transformer.config["in_channels"], transformer.config["caption_channels"]
+    linear = preview.Linear(torch.randn(channels + 1, 8 * 8 * 3) * 0.1)
+    every = ValidationConfig().validation_preview_steps
+    previews = Previews(
+        lambda latents: preview.pixels(linear(latents)), lambda array: encode_png(array, fast=True), lambda event: None,
+        every,
+    )  # fmt: skip
+    picture, text = Picture("a", "a", side, side, 0, 0, slug="a"), torch.randn(20, width)
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(rounds + SETTLING):
+        for seen, taken in times.items():
+            showing = previews.of(picture, Progress()) if seen else None
+            scheduler = generate.load_scheduler(model)
+            started = time.perf_counter()
+            grid = (channels, side // 8, side // 8)
+            generate.sample(transformer, scheduler, text, text, grid, steps=picture.steps, watch=showing)
+            if showing is not None:
+                showing.close()
+            taken.append(time.perf_counter() - started)
+    plain, shown = (times[seen][SETTLING:] for seen in (False, True))
+    share = statistics.median(one / other for one, other in zip(shown, plain, strict=True)) - 1
+    return statistics.median(plain), statistics.median(shown), share
+
+
+def tell_previews(rounds: int) -> None:
+    """The cost of previews, of nano at 64 px and of 30 M parameters at 256 px."""
+    from sana_tune.model.fetch import locate
+
+    with tempfile.TemporaryDirectory(prefix="sana_tune-benchmark-") as place:
+        for name, model, side in (("nano", locate("nano"), 64), ("30 M", middle_model(Path(place)), 256)):
+            plain, shown, share = preview_cost(model, side, rounds)
+            print(f"{name}, {side} px: 20 steps {plain:.3f} s, with previews {shown:.3f} s ({100 * share:+.1f} %)")
+
+
 def middle_model(folder: Path) -> Path:
     """nano with a transformer of 30 M random parameters. Answers the folder."""
     import torch
@@ -245,7 +296,7 @@ def middle_model(folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the engine's parts are worth.")
-    parser.add_argument("what", choices=("rewrites", "counts", "strata", "step"))
+    parser.add_argument("what", choices=("rewrites", "counts", "strata", "previews", "step"))
     parser.add_argument("--batch", type=int, default=2, help="for rewrites")
     parser.add_argument("--side", type=int, default=16, help="for rewrites: latent positions a side")
     parser.add_argument("--precision", default="no", choices=("no", "bf16"), help="for rewrites")
@@ -262,6 +313,8 @@ def main() -> None:
     log.quiet_libraries()
     if asked.what == "counts":
         return tell_counts()
+    if asked.what == "previews":
+        return tell_previews(asked.rounds)
     if asked.what == "strata":
         for batch in (1, 2, 4, 8):
             print(f"batch {batch}: variance of the loss {steadiness(batch, 40 * asked.rounds):.2f} times the plain one")

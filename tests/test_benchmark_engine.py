@@ -47,3 +47,11 @@ def test_the_middle_model_has_30_million_parameters(tmp_path):
 
 def test_stratified_levels_make_the_loss_of_a_batch_steadier():
     assert 0.1 < benchmark_engine.steadiness(8, 40) < 0.95
+
+
+def test_previews_are_timed_beside_the_plain_sampling():
+    """That they cost under 3 % is measured by hand: a test on a machine that others use too could not tell."""
+    from sana_tune.model.fetch import locate
+
+    plain, shown, share = benchmark_engine.preview_cost(locate("nano"), 32, 1)
+    assert plain > 0 and shown > 0 and -1 < share < 10

@@ -23,6 +23,7 @@ from sana_tune.config.datasets import DATASET_KINDS
 from sana_tune.config.describe import SCHEMAS, schema_path
 from sana_tune.config.json_schema import json_schema
 from sana_tune.config.load import load
+from sana_tune.config.prompt_library import read_library
 from sana_tune.config.schema import section_of
 from sana_tune.config.sources import FILTER_KEYS, HUB_KEYS, TABLE_KEYS
 from scripts import build_docs
@@ -95,7 +96,8 @@ def test_json_in_the_pages_is_right(page, kind, text, tmp_path):
     config: dict[str, Any] = {"pretrained_model_name_or_path": "nano", "data_backend_config": str(tmp_path / "d.json")}
     entries: Any = [{"id": "stand-in", "instance_data_dir": "datasets/stand-in"}]
     if kind == "prompts":
-        assert content and all(isinstance(prompt, str) and prompt.strip() for prompt in content.values())
+        (tmp_path / "p.json").write_text(text)
+        assert read_library(str(tmp_path / "p.json"), "validation")
         return
     schema = Draft202012Validator(json_schema("config" if kind == "config" else "multidatabackend"))
     if kind == "config":

@@ -93,8 +93,11 @@ def test_everything_is_known_and_nothing_written_but_what_is_remembered(tmp_path
 
 def test_equal_texts_are_needed_once_and_prompts_are_texts_too(tmp_path):
     found = prepared(tmp_path, validation_prompt=" B ", validation_negative_prompt=" Ugly ", captions="abbc")
-    assert list(found.captions.values()) == ["", "a", "b", "c"] and found.prompts == {"validation": "b"}
-    assert found.negative == "ugly"
+    assert list(found.captions.values()) == ["", "a", "b", "c"] and found.prompts == {
+        "validation": "b",
+        "unconditional": "",
+    }
+    assert list(found.negatives.values()) == ["ugly"]
     assert found.keys.text("b") != found.plain_keys.text("b"), "a negative prompt never has the instruction"
     text, latents = found.plan.caches
     assert (text.needed, text.hits, latents.needed, latents.hits) == (4, 0, 4, 0)

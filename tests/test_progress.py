@@ -39,3 +39,25 @@ def test_other_keys_are_left_alone_and_missing_ones_are_told():
 )
 def test_due(every: int, step: int, expected: bool):
     assert due(Every(every), Progress(step)) is expected
+
+
+@pytest.mark.parametrize(
+    ("every", "steps_per_epoch", "expected"),
+    [
+        (Every(epochs=1), 3, [3, 6, 9]),
+        (Every(epochs=1), 2.5, [3, 5, 8, 10]),  # a step that goes on into the next epoch has ended the one before
+        (Every(epochs=0.5), 4, [2, 4, 6, 8, 10]),
+        (Every(epochs=2), 10 / 3, [7]),
+        (Every(epochs=1), 0.5, list(range(1, 11))),
+        (Every(4, epochs=1), 3, [3, 4, 6, 8, 9]),
+        (Every(2, after_step=5), 3, [6, 8, 10]),
+        (Every(2, epochs=1, after_epoch=2), 3, [6, 8, 9, 10]),
+        (Every(epochs=0), 3, []),
+    ],
+)
+def test_due_by_epochs_and_not_before_a_step(every: Every, steps_per_epoch: float, expected: list[int]):
+    def epoch_after(step: int) -> float:
+        return step / steps_per_epoch
+
+    found = [step for step in range(11) if due(every, Progress(step, epoch_after(step)), epoch_after)]
+    assert found == expected

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from sana_tune.config.load import load
+from sana_tune.drawing import autocast_dtype, drawing_seed, precision
 from sana_tune.errors import UserError
 from sana_tune.log import log
 from sana_tune.output import Output
 from sana_tune.prepare import prepare, weights_dtype, write_down
-from sana_tune.run import autocast_dtype, drawing_seed, precision, run, without
+from sana_tune.run import run, without
 from sana_tune.watch.events import CacheProgress, Finished, Saved, Started, Stepped, Validated
 from tests.config.helpers import write_files
 from tests.journeys.kit import Heard, metrics_of, one_thread, pictures, small_run
@@ -82,7 +83,7 @@ def test_a_run_tells_its_course_in_order_and_gives_all_back(small, tmp_path):
     middle = [Stepped, Validated, Stepped, Saved, Validated, Stepped]
     assert kinds == [Started, Validated, *middle, Saved, Validated, Finished]
     assert heard.encoded == {"text": 5, "latents of d0": 3}  # "", three captions and the prompt
-    assert [len(event.files) for event in heard.of(Validated)] == [1, 1, 1, 1]
+    assert [len(event.files) for event in heard.of(Validated)] == [2, 2, 2, 2]
     assert heard.of(Finished)[0].pipeline == str(tmp_path / "output/pipeline")
     assert [line["step"] for line in metrics_of(tmp_path / "output")] == [1, 2, 3]
 

@@ -229,6 +229,57 @@ def cache_explain(
         raise typer.Exit(told.tell_explained(loaded, file, as_json=json))
 
 
+Stored = Annotated[
+    str, typer.Option("--checkpoint", metavar="PATH", help="A checkpoint: a path, its folder's name, or latest.")
+]
+
+
+@app.command(context_settings=PASS_THROUGH)
+def validate(
+    context: typer.Context,
+    config: Config = None,
+    env: Env = None,
+    example: Example = None,
+    checkpoint: Stored = "latest",
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", metavar="TEXT", help="Draw this instead of the config's prompts.")
+    ] = None,
+) -> None:
+    """Draw the validation pictures of a checkpoint into the run's folder, as training draws them.
+
+    Takes what train takes, --key value too. Exit code 1 when a picture could not be drawn.
+    """
+    from sana_tune.cli.draw import validate_asked
+
+    raise typer.Exit(validate_asked(context.args, config, env, example, checkpoint, prompt or ()))
+
+
+@app.command(context_settings=PASS_THROUGH)
+def generate(
+    context: typer.Context,
+    config: Config = None,
+    env: Env = None,
+    example: Example = None,
+    checkpoint: Stored = "latest",
+    ema: Annotated[bool, typer.Option("--ema", help="Draw with the averaged weights.")] = False,
+    seed: Annotated[str | None, typer.Option(metavar="N", help="Seed of the first picture.")] = None,
+    steps: Annotated[str | None, typer.Option(metavar="N", help="Steps of the sampler.")] = None,
+    guidance: Annotated[str | None, typer.Option(metavar="X", help="Guidance scale.")] = None,
+    negative: Annotated[str | None, typer.Option(metavar="TEXT", help="Negative prompt.")] = None,
+    resolution: Annotated[str | None, typer.Option(metavar="SIZE", help="N or WxH px, comma separated.")] = None,
+    images: Annotated[str | None, typer.Option(metavar="N", help="Pictures per prompt, seeds counted up.")] = None,
+    output: Annotated[str | None, typer.Option(metavar="PATH", help="A folder, or the file of one picture.")] = None,
+) -> None:
+    """Draw "a prompt" (or several) with a checkpoint's weights. What is not given is as the config says."""
+    from sana_tune.cli.draw import generate_asked
+
+    flags = {
+        "validation_seed": seed, "validation_num_inference_steps": steps, "validation_guidance": guidance,
+        "validation_negative_prompt": negative, "validation_resolution": resolution, "num_validation_images": images,
+    }  # fmt: skip
+    generate_asked(context.args, config, env, example, checkpoint, ema=ema, output=output, flags=flags)
+
+
 @app.command()
 def bench(
     model: Annotated[str, typer.Option(metavar="NAME", help="sana-1.6b-1024, sana-600m-512 …, or nano.")] = "nano",

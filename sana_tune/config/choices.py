@@ -46,6 +46,18 @@ HUBER_SCHEDULES: dict[str, str] = {
     "constant": "huber_c at every noise level",
 }
 
+ROLLOUT_STRATEGIES: dict[str, str] = {
+    "uniform": "every length is as likely",
+    "biased_early": "long rollouts, begun early in the drawing, are likelier",
+    "biased_late": "short rollouts, begun late, are likelier",
+}
+
+ROLLOUT_SAMPLERS: dict[str, str] = {
+    "unipc": "UniPC, order 1 to 3",
+    "dpm": "DPM-Solver++ (multistep), order 1 to 3: what draws the validation pictures",
+    "euler": "Euler's method; the order is 1",
+}
+
 LOSS_WEIGHTINGS: dict[str, str] = {
     "none": "every noise level counts alike, as NVIDIA trains",
     "sigma_sqrt": "1 / sigma²: low noise counts most",
@@ -70,6 +82,25 @@ REFUSED_CHECKPOINTING_BACKENDS: dict[str, str] = {
     "is next to nothing to save; use torch",
     "unsloth-ffn": "Sana's feed-forward alone is no block; use torch",
     "torch-ffn": "Sana's feed-forward alone is no block; use torch, or selective to recompute less",
+}
+
+SAMPLERS: dict[str, str] = {
+    "dpm++": "DPM-Solver++ for flows, as the models are published",
+    "euler": "Euler's steps along the flow, as NVIDIA samples while training; wants more steps",
+    "unipc": "UniPC for flows: a predictor with a corrector",
+}
+
+# Samplers of models that predict noise, and why they are none for flows.
+REFUSED_SAMPLERS: dict[str, str] = {
+    "ddim": "it steps along the noise schedule of models that predict noise, which flows do not have; use dpm++",
+    "ddpm": "it steps along the noise schedule of models that predict noise, which flows do not have; use dpm++",
+    "euler-a": "it adds noise of a schedule that flows do not have; use euler",
+    "perflow": "it needs a model distilled for it; use dpm++",
+}
+
+DRAWING_METHODS: dict[str, str] = {
+    "simpletuner-local": "the run itself, with the weights as they are at that step",
+    "external-script": "the command of validation_external_script, from the newest checkpoint",
 }
 
 DYNAMO_BACKENDS: dict[str, str] = {

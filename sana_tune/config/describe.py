@@ -22,6 +22,7 @@ from sana_tune.config.caption_edits import parse_caption_filters, parse_caption_
 from sana_tune.config.choices import (
     CAPTION_STRATEGIES,
     CHECKPOINTING_BACKENDS,
+    DRAWING_METHODS,
     DYNAMO_BACKENDS,
     HUBER_SCHEDULES,
     LOSS_TYPES,
@@ -29,6 +30,7 @@ from sana_tune.config.choices import (
     LR_SCHEDULERS,
     NOISE_DISTRIBUTIONS,
     OPTIMIZERS,
+    SAMPLERS,
 )
 from sana_tune.config.datasets import INHERITED, ConditioningDataset, ImageDataset, TextDataset
 from sana_tune.config.schema import (
@@ -37,11 +39,13 @@ from sana_tune.config.schema import (
     CheckpointingBackend,
     Config,
     Distribution,
+    DrawingMethod,
     DynamoBackend,
     HuberSchedule,
     LossType,
     LossWeighting,
     OptimizerName,
+    Sampler,
     SchedulerName,
     Section,
 )
@@ -89,6 +93,7 @@ TABLES = (
     (OptimizerName, OPTIMIZERS), (SchedulerName, LR_SCHEDULERS), (CaptionStrategy, CAPTION_STRATEGIES),
     (Distribution, NOISE_DISTRIBUTIONS), (LossType, LOSS_TYPES), (HuberSchedule, HUBER_SCHEDULES),
     (LossWeighting, LOSS_WEIGHTINGS), (CheckpointingBackend, CHECKPOINTING_BACKENDS), (DynamoBackend, DYNAMO_BACKENDS),
+    (Sampler, SAMPLERS), (DrawingMethod, DRAWING_METHODS),
 )  # fmt: skip
 
 

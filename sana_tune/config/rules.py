@@ -12,6 +12,7 @@ from sana_tune.config.optimizers import keeps_bf16, options_of, stuck_share
 from sana_tune.config.saving_rules import kept_ones_are_saved, script_is_named, unused_saving_settings
 from sana_tune.config.schema import Config
 from sana_tune.config.source_rules import SOURCE_RULES, unused_source_settings
+from sana_tune.config.validation_rules import VALIDATION_RULES, preview_notes, unused_validation_settings
 from sana_tune.config.values import nearest, optimizer_options
 from sana_tune.errors import Problem
 
@@ -387,6 +388,39 @@ def unused_loss_settings(config: Config) -> list[str]:
     return notes
 
 
+def rollouts_fit(config: Config) -> Problem | None:
+    """A rollout is a part of the way from noise to picture."""
+    longest, steps = config.rollout.scheduled_sampling_max_step_offset, config.validation.validation_num_inference_steps
+    if longest <= steps:
+        return None
+    return Problem(
+        "scheduled_sampling_max_step_offset",
+        f"a rollout must not be longer than the whole way from noise to picture, which is "
+        f"validation_num_inference_steps ({steps}) steps; found {longest}",
+        "lower it (2 to 5 is usual), or raise validation_num_inference_steps",
+    )
+
+
+def unused_rollout_settings(config: Config) -> list[str]:
+    """Notes on settings of scheduled sampling that have no effect."""
+    asked, given = config.rollout, config.rollout.model_fields_set
+    keys = sorted(key for key in given if vars(asked)[key] != type(asked).model_fields[key].default)
+    if not asked.scheduled_sampling_max_step_offset:
+        return [f"{', '.join(keys)}: no effect, since scheduled_sampling_max_step_offset is 0"] if keys else []
+    ramp = asked.scheduled_sampling_ramp_steps
+    unused = ["scheduled_sampling_prob_start", "scheduled_sampling_prob_end", "scheduled_sampling_ramp_shape"]
+    notes = []
+    if not ramp and not asked.scheduled_sampling_probability:
+        notes.append("scheduled sampling rolls nothing in: set scheduled_sampling_probability, or _ramp_steps")
+    if inert := [key for key in keys if key in (["scheduled_sampling_probability"] if ramp else unused)]:
+        why = "the ramp takes its place" if ramp else "scheduled_sampling_ramp_steps is 0"
+        notes.append(f"{', '.join(inert)}: no effect, since {why}")
+    if asked.scheduled_sampling_sampler == "euler" and asked.scheduled_sampling_order > 1:
+        if "scheduled_sampling_order" in given:
+            notes.append("scheduled_sampling_order: no effect, since Euler's method has order 1")
+    return notes
+
+
 def stride_holds_interval(config: Config) -> Problem | None:
     """The blocks recomputed in each segment must fit into it."""
     interval = config.model.gradient_checkpointing_interval
@@ -468,6 +502,7 @@ def unused_roles(
 
 CONFIG_RULES: tuple[Callable[[Config], Problem | None], ...] = (
     bf16_keeps_its_rest,
+    rollouts_fit,
     stride_holds_interval,
     selective_is_not_compiled,
     fp16_needs_masters,
@@ -481,6 +516,7 @@ CONFIG_RULES: tuple[Callable[[Config], Problem | None], ...] = (
     one_weighting,
     script_is_named,
     kept_ones_are_saved,
+    *VALIDATION_RULES,
 )
 
 
@@ -492,7 +528,9 @@ def check_rules(
     problems += [problem for rule in CONFIG_RULES if (problem := rule(config))]
     problems += [problem] if (problem := someone_starts(datasets)) else []
     notes += unused_schedule_settings(config) + unused_flow_settings(config) + unused_loss_settings(config)
+    notes += unused_rollout_settings(config)
     notes += unused_optimizer_settings(config) + release_notes(config) + unused_checkpointing_settings(config)
+    notes += unused_validation_settings(config) + preview_notes(config)
     for dataset in datasets:
         notes += unused_crop_settings(dataset)
         notes += unused_source_settings(dataset)

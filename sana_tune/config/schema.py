@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from sana_tune.config.choices import (
     CAPTION_STRATEGIES,
     CHECKPOINTING_BACKENDS,
+    DRAWING_METHODS,
     DYNAMO_BACKENDS,
     HUBER_SCHEDULES,
     LOSS_TYPES,
@@ -23,6 +24,10 @@ from sana_tune.config.choices import (
     REFUSED_CHECKPOINTING_BACKENDS,
     REFUSED_LOSS_WEIGHTINGS,
     REFUSED_LR_SCHEDULERS,
+    REFUSED_SAMPLERS,
+    ROLLOUT_SAMPLERS,
+    ROLLOUT_STRATEGIES,
+    SAMPLERS,
 )
 from sana_tune.config.optimizers import REFUSED_OPTIMIZERS
 from sana_tune.config.values import (
@@ -60,6 +65,10 @@ Distribution = Annotated[str | None, AfterValidator(named(NOISE_DISTRIBUTIONS, "
 LossType = Annotated[str, AfterValidator(named(LOSS_TYPES, "loss"))]
 HuberSchedule = Annotated[str, AfterValidator(named(HUBER_SCHEDULES, "schedule of huber_c"))]
 LossWeighting = Annotated[str, AfterValidator(named(LOSS_WEIGHTINGS, "weighting of the loss", REFUSED_LOSS_WEIGHTINGS))]
+Sampler = Annotated[str, AfterValidator(named(SAMPLERS, "sampler", REFUSED_SAMPLERS))]
+DrawingMethod = Annotated[str, AfterValidator(named(DRAWING_METHODS, "way to draw"))]
+RolloutStrategy = Annotated[str, AfterValidator(named(ROLLOUT_STRATEGIES, "strategy of rollouts"))]
+RolloutSampler = Annotated[str, AfterValidator(named(ROLLOUT_SAMPLERS, "sampler of rollouts"))]
 NoiseLevels = Annotated[tuple[float, ...], BeforeValidator(parse_levels)]
 Resolutions = Annotated[tuple[Resolution, ...], BeforeValidator(parse_resolutions)]
 OptimizerOptions = Annotated[str, BeforeValidator(parse_optimizer_config)]
@@ -218,6 +227,32 @@ class LossConfig(Section):
     )
 
 
+class RolloutConfig(Section):
+    scheduled_sampling_max_step_offset: int = setting(
+        0, "train samples at states the model itself led to, over at most so many sampler steps; 0 = off",
+        unit="steps", ge=0,
+    )  # fmt: skip
+    scheduled_sampling_probability: float = setting(0.0, "share of the samples that are rolled in", ge=0, le=1)
+    scheduled_sampling_prob_start: float = setting(0.0, "the same where a ramp begins", ge=0, le=1)
+    scheduled_sampling_prob_end: float = setting(0.5, "the same where the ramp ends, and after it", ge=0, le=1)
+    scheduled_sampling_ramp_steps: int = setting(
+        0, "length of the ramp, which takes the place of scheduled_sampling_probability; 0 = none", unit="steps", ge=0
+    )
+    scheduled_sampling_start_step: int = setting(0, "nothing is rolled in before this step", unit="steps", ge=0)
+    scheduled_sampling_ramp_shape: Literal["linear", "cosine"] = setting("linear", "shape of the ramp")
+    scheduled_sampling_strategy: RolloutStrategy = setting("uniform", "how long rollouts are")
+    scheduled_sampling_sampler: RolloutSampler = setting("unipc", "the sampler that leads there")
+    scheduled_sampling_order: int = setting(2, "order of the sampler", ge=1, le=3)
+    scheduled_sampling_reflexflow: bool | None = setting(
+        None, "ReflexFlow's terms in the loss of such samples; unset = on (one more forward of them)"
+    )
+    scheduled_sampling_reflexflow_alpha: float = setting(
+        1.0, "how much more positions count whose prediction drifts", ge=0
+    )
+    scheduled_sampling_reflexflow_beta1: float = setting(10.0, "factor of the anti-drift term", ge=0)
+    scheduled_sampling_reflexflow_beta2: float = setting(1.0, "factor of the velocity's own loss", ge=0)
+
+
 class OptimizerConfig(Section):
     optimizer: OptimizerName = setting("optimi-adamw", "name of the optimizer")
     learning_rate: float = setting(1e-5, "peak learning rate", gt=0)
@@ -314,20 +349,54 @@ class EmaConfig(Section):
 
 class ValidationConfig(Section):
     validation_prompt: str | None = setting(None, "main prompt drawn at each validation")
-    user_prompt_library: str | None = setting(None, "path of a JSON file {nickname: prompt}")
+    user_prompt_library: str | None = setting(
+        None, "path of a JSON file {nickname: prompt}; a prompt is a text, or an object with settings of its own"
+    )
+    validation_prompt_library: bool = setting(False, "draw the prompts of the built-in library too")
+    validation_disable_unconditional: bool = setting(
+        False, "do not draw the empty prompt, which is else drawn beside the others as `unconditional`"
+    )
     validation_negative_prompt: str = setting("", "negative prompt of the guidance")
     validation_resolution: Resolutions = setting(
         (), "N or WxH px, comma separated; unset = the model's size", unit="px"
     )
     validation_guidance: float = setting(4.5, "classifier-free guidance scale", ge=0)
+    validation_guidance_rescale: float = setting(
+        0.0, "share by which guided predictions are brought back to the spread of unguided ones; 0 = off", ge=0, le=1
+    )
     validation_num_inference_steps: int = setting(20, "steps of the sampler", unit="steps", ge=1)
+    validation_noise_scheduler: Sampler = setting("dpm++", "the sampler")
     validation_seed: int | None = setting(None, "seed of the pictures; unset = seed")
+    validation_randomize: bool = setting(
+        False, "draw other seeds at each validation, from validation_seed and the step"
+    )
     validation_step_interval: int = setting(
         500, "optimizer steps between validations; 0 = only start and end", unit="steps", ge=0
     )
+    validation_epoch_interval: float | None = setting(
+        None, "validate at the end of every so many epochs too; 0.5 = twice in each", unit="epochs", ge=0
+    )
+    validate_after_step: int = setting(0, "no validation on the way before this step", unit="steps", ge=0)
+    validate_after_epoch: float = setting(
+        0, "no validation on the way before so many epochs are done", unit="epochs", ge=0
+    )
+    validation_on_startup: bool = setting(False, "draw when a run starts or goes on, too")
     num_validation_images: int = setting(
         1, "pictures per prompt and resolution, seeds counted up", unit="pictures", ge=1
     )
+    validation_image_format: Literal["png", "webp", "jpeg"] = setting("png", "kind of the pictures' files")
+    validation_image_quality: int = setting(90, "quality of webp and jpeg files", ge=1, le=100)
+    validation_preview: bool = setting(False, "show half-finished pictures while they are drawn")
+    validation_preview_steps: int = setting(5, "sampler steps from one preview to the next", unit="steps", ge=1)
+    validation_preview_decoder: str | None = setting(
+        None, "weights of the TAESANA decoder: a file, or owner/repository/file of the hub; unset = a linear map "
+        "fitted to the run's pictures"
+    )  # fmt: skip
+    validation_method: DrawingMethod = setting("simpletuner-local", "who draws")
+    validation_external_script: str | None = setting(
+        None, "command of validation_method external-script, with {placeholders}; no shell reads it"
+    )
+    validation_external_background: bool = setting(False, "do not wait for validation_external_script")
     validation_disable: bool = setting(False, "draw no validation pictures at all")
     disable_benchmark: bool = setting(False, "draw no pictures of the base model before step 1")
 
@@ -339,6 +408,7 @@ class Config(Section):
     data: DataConfig = Field(description="Data")
     flow: FlowConfig = Field(description="Noise schedule")
     loss: LossConfig = Field(description="Loss")
+    rollout: RolloutConfig = Field(description="Scheduled sampling (rollouts)")
     optimizer: OptimizerConfig = Field(description="Optimizer and learning rate")
     train: TrainConfig = Field(description="Run, length and checkpoints")
     ema: EmaConfig = Field(description="Average of the weights (EMA)")

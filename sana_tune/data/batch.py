@@ -21,3 +21,4 @@ class Batch:
     loss_mask: Tensor | None  # [B, 1, h, w]  0..1; None = every position counts
     role: Role
     ids: tuple[str, ...]
+    captions: tuple[str, ...] = ()  # as they were embedded, "" = dropped; () where nobody says

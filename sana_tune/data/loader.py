@@ -95,6 +95,7 @@ class Batches:
             loss_mask=self._loss_mask(records, step, micro),
             role=records[0].role,
             ids=tuple(record.id for record in records),
+            captions=tuple(captions),
         )
 
     def caption(self, record: Record, step: int, micro: int, sample: int) -> str:

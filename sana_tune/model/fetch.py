@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -126,6 +126,23 @@ def plan_download(
         return None
     with _told(name, revision):
         return _listing(name, revision, variant, dtype).missing_bytes
+
+
+def one_file(name: str, file: str, *, key: str) -> Path:
+    """One file of a hub repository, downloaded if need be. key: the setting that asks for it. Raises UserError."""
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        with _told(name, None):
+            try:
+                return Path(hf_hub_download(name, file))
+            except errors.RemoteEntryNotFoundError as error:
+                what = f"the repository {name} has no file {file}"
+                raise UserError(Problem(key, what, "look for its name on the hub")) from error
+    except _NoNetwork as error:
+        raise UserError(replace(error.problem, where=key)) from error
+    except UserError as error:
+        raise UserError(*(replace(problem, where=key) for problem in error.problems)) from error
 
 
 def _download(name: str, revision: str | None, variant: str | None, dtype: str) -> Path:

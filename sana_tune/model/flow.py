@@ -119,6 +119,24 @@ def target(x0: Tensor, noise: Tensor) -> Tensor:
     return noise.float() - x0.float()
 
 
+def predicted(x_t: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
+    """The picture that a velocity at x_t points to: x_t - sigma * velocity."""
+    return x_t - sigma * velocity
+
+
+def guided(away: Tensor, velocity: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
+    """Classifier-free guidance: from the negative prompt's velocity through the prompt's, `scale` times as far.
+
+    rescale: share by which the result gets the spread of the prompt's own (arXiv 2305.08891, section 3.4), each sample
+    over all its values; 0 = off.
+    """
+    found = away + scale * (velocity - away)
+    if not rescale:
+        return found
+    own, spread = (each.std(dim=tuple(range(1, each.ndim)), keepdim=True) for each in (velocity, found))
+    return rescale * (found * (own / spread)) + (1 - rescale) * found
+
+
 def timestep(sigma: Tensor) -> Tensor:
     """The timestep given to the model: 1000 * sigma, in fp32 (bf16 would round 899 to 900). [B]"""
     return TIMESTEPS * sigma.float()

@@ -1,13 +1,15 @@
-"""Embeddings → pictures, through diffusers' own SanaPipeline and the model's published sampler.
+"""Embeddings → pictures, by the model's published sampler.
 
-A picture drawn here is, to the pixel, the one that `SanaPipeline.from_pretrained` makes of the exported model
-with the same prompt, size, steps, guidance and `torch.Generator("cpu").manual_seed(seed)`.
+A picture drawn here is, to the pixel, the one that `SanaPipeline.from_pretrained` makes of the exported model with the
+same prompt, size, steps, guidance, sampler and `torch.Generator("cpu").manual_seed(seed)`. The loop is our own, so that
+half-finished pictures can be seen and guidance can be rescaled, which that pipeline does not offer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,27 +18,51 @@ import torch
 from torch import Tensor
 
 from sana_tune.errors import UserError
+from sana_tune.log import log
+from sana_tune.model import flow
 from sana_tune.model.attention import published
 from sana_tune.model.facts import check_size, read_shift
 from sana_tune.model.layout import CONFIGS, read_json
-from sana_tune.model.sana import MAX_TOKENS, ImageCoder, load_vae
+from sana_tune.model.sana import MAX_TOKENS, ImageCoder, empty_device_cache, load_vae
 
 if TYPE_CHECKING:
-    from diffusers import DPMSolverMultistepScheduler, SanaTransformer2DModel
+    from diffusers import SanaTransformer2DModel
+
+# Called after each sampler step (from 1) with a function that gives the picture which the step points to, as scaled
+# latents [1, C, h, w] in fp32.
+Watch = Callable[[int, Callable[[], Tensor]], None]
 
 
-def load_scheduler(folder: Path) -> DPMSolverMultistepScheduler:
-    """The sampler of a model folder: its own DPM-Solver++, or, if it stores another one, Sana's with its shift.
+def load_scheduler(folder: Path, sampler: str = "dpm++") -> Any:
+    """The scheduler of a sampler (config.choices.SAMPLERS) with the flow shift of a model folder.
 
-    Sana is published with DPM-Solver++ for flows; FlowMatchEuler shifts its last sigma twice.
+    dpm++ is the folder's own DPM-Solver++, or, if it stores another one, Sana's with its shift.
     """
-    from diffusers import DPMSolverMultistepScheduler
+    from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
     config = read_json(folder / CONFIGS["scheduler"])
+    shift, _, _ = read_shift(config)
+    if sampler == "euler":
+        return FlowMatchEulerDiscreteScheduler(shift=shift)
+    flows: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+    if sampler == "unipc":
+        return UniPCMultistepScheduler(**flows)
     if config.get("_class_name") == "DPMSolverMultistepScheduler":
         return DPMSolverMultistepScheduler(**{key: config[key] for key in config if not key.startswith("_")})
-    shift, _, _ = read_shift(config)
-    return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    return DPMSolverMultistepScheduler(**flows)
+
+
+def set_steps(scheduler: Any, steps: int, device: torch.device | str = "cpu") -> None:
+    """Have a scheduler of `load_scheduler` take so many steps.
+
+    FlowMatchEuler's own levels are shifted when it is made and once more here: its last one would be 8.93 / 1000 at
+    shift 3 and 20 steps. It gets levels that were never shifted: 2.99 / 1000.
+    """
+    if type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
+        least = 1 / scheduler.config.num_train_timesteps
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, least, steps).tolist(), device=device)
+    else:
+        scheduler.set_timesteps(steps, device=device)
 
 
 class Painter:
@@ -73,23 +99,30 @@ class Painter:
         steps: int = 20,
         guidance: float = 4.5,
         seed: int = 0,
+        sampler: str = "dpm++",
+        rescale: float = 0.0,
+        watch: Watch | None = None,
     ) -> np.ndarray:
         """One uint8 RGB picture [height, width, 3]. text, negative: real tokens [T, D] from `TextEncoder.encode`."""
-        if self.coder is None:
-            self.coder = load_vae(self.folder, self.device, self.vae_dtype, variant=self.variant)
-        return draw(
+        coder = self._loaded()
+        latents = sample(
             transformer,
-            self.coder,
-            load_scheduler(self.folder),
+            load_scheduler(self.folder, sampler),
             text,
             negative,
-            width=width,
-            height=height,
+            self._grid(width, height, coder),
             steps=steps,
             guidance=guidance,
+            rescale=rescale,
             seed=seed,
             autocast=self.autocast,
+            watch=watch,
         )
+        return self._decoded(coder, latents)
+
+    def latent(self, picture: np.ndarray) -> Tensor:
+        """The scaled latent [C, h, w] of a uint8 picture [H, W, 3], fp32 on the CPU."""
+        return self._loaded().encode(picture[None])[0]
 
     def release(self) -> None:
         """Let go of the VAE's memory; the next picture loads it again."""
@@ -97,53 +130,81 @@ class Painter:
             self.coder.free()
         self.coder = None
 
+    def _loaded(self) -> ImageCoder:
+        if self.coder is None:
+            self.coder = load_vae(self.folder, self.device, self.vae_dtype, variant=self.variant)
+        return self.coder
+
+    def _grid(self, width: int, height: int, coder: ImageCoder) -> tuple[int, int, int]:
+        """Channels, height and width of the latents. Raises UserError for a size that cannot be drawn."""
+        factor = coder.vae.spatial_compression_ratio
+        if (problem := check_size(width, height, factor)) is not None:
+            raise UserError(problem)
+        return coder.vae.config["latent_channels"], height // factor, width // factor
+
+    def _decoded(self, coder: ImageCoder, latents: Tensor) -> np.ndarray:
+        """The picture of latents; where the device has no room for it beside the training, in main memory."""
+        try:
+            return coder.decode(latents)[0]
+        except torch.OutOfMemoryError:
+            if coder.vae.device.type == "cpu":
+                raise
+        log.warning("the device has no room to decode pictures beside the training: they are decoded in main memory")
+        coder.vae.to("cpu")  # type: ignore[call-overload]
+        empty_device_cache()
+        return coder.decode(latents)[0]
+
 
 @torch.no_grad()
-def draw(
+def sample(
     transformer: SanaTransformer2DModel,
-    coder: ImageCoder,
-    scheduler: DPMSolverMultistepScheduler,
+    scheduler: Any,
     text: Tensor,
     negative: Tensor,
+    grid: tuple[int, int, int],
     *,
-    width: int,
-    height: int,
     steps: int = 20,
     guidance: float = 4.5,
+    rescale: float = 0.0,
     seed: int = 0,
     autocast: torch.dtype | None = None,
-) -> np.ndarray:
-    """One uint8 RGB picture [height, width, 3] for one prompt. The scheduler is used up: give a fresh one.
+    watch: Watch | None = None,
+) -> Tensor:
+    """Scaled latents [1, C, h, w] in fp32 for one prompt. The scheduler is used up: give a fresh one.
 
-    text, negative: embeddings of the real tokens [T, D], T <= 300. The transformer draws in eval mode and, without
-    autocast, with diffusers' own attention; both are restored afterwards. Raises UserError for a size that
-    cannot be drawn.
+    text, negative: embeddings of the real tokens [T, D], T <= 300. grid: (C, h, w). The transformer draws in eval mode
+    and, without autocast, with diffusers' own attention; both are restored afterwards. Source: diffusers'
+    SanaPipeline.__call__, step by step.
     """
-    problem = check_size(width, height, coder.vae.spatial_compression_ratio)
-    if problem:
-        raise UserError(problem)
-    device = transformer.device
-    positive, mask = pad(text, device)
-    opposite, opposite_mask = pad(negative, device)
-    guided: dict[str, Any] = {}
-    if guidance > 1:
-        guided = {"negative_prompt_embeds": opposite, "negative_prompt_attention_mask": opposite_mask}
+    device, dtype = transformer.device, transformer.dtype
+    texts, masks = _prompted(text, negative if guidance > 1 else None, device)
+    texts = texts.to(dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    latents = torch.randn((1, *grid), generator=generator, dtype=torch.float32).to(device)
+    set_steps(scheduler, steps, device)
     with _drawing(transformer, autocast):
-        latents = _pipeline(transformer, coder, scheduler)(
-            prompt_embeds=positive,
-            prompt_attention_mask=mask,
-            negative_prompt=None,
-            **guided,
-            width=width,
-            height=height,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=torch.Generator("cpu").manual_seed(seed),
-            use_resolution_binning=False,
-            output_type="latent",
-            return_dict=False,
-        )[0]
-    return coder.decode(latents)[0]
+        for number, level in enumerate(scheduler.timesteps):
+            found = transformer(
+                latents.repeat(len(texts), 1, 1, 1).to(dtype),
+                encoder_hidden_states=texts,
+                encoder_attention_mask=masks,
+                timestep=level.expand(len(texts)) * transformer.config["timestep_scale"],
+                return_dict=False,
+            )[0].float()
+            velocity = found if len(texts) == 1 else flow.guided(found[:1], found[1:], guidance, rescale)
+            if transformer.config["out_channels"] // 2 == grid[0]:  # a learned spread beside it, which is not used
+                velocity = velocity.chunk(2, dim=1)[0]
+            before, sigma = latents, scheduler.sigmas[number]
+            latents = scheduler.step(velocity, level, latents, return_dict=False)[0]
+            if watch is not None:
+                watch(number + 1, partial(flow.predicted, before, velocity, float(sigma)))
+    return latents
+
+
+def _prompted(text: Tensor, negative: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Texts [B, 300, D] and masks [B, 300] of a forward: the prompt's, after the negative one's if there is any."""
+    pairs = [pad(each, device) for each in (negative, text) if each is not None]
+    return torch.cat([each for each, _ in pairs]), torch.cat([mask for _, mask in pairs])
 
 
 def pad(text: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -153,20 +214,6 @@ def pad(text: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tenso
     mask = torch.zeros(1, MAX_TOKENS, dtype=torch.long)
     mask[0, : len(text)] = 1
     return padded.to(device), mask.to(device)
-
-
-def _pipeline(transformer: Any, coder: ImageCoder, scheduler: Any) -> Any:
-    from diffusers import SanaPipeline
-
-    pipeline = SanaPipeline(
-        tokenizer=None,  # type: ignore[arg-type]
-        text_encoder=None,  # type: ignore[arg-type]
-        vae=coder.vae,
-        transformer=transformer,
-        scheduler=scheduler,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 @contextmanager

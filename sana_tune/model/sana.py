@@ -225,13 +225,14 @@ def load_transformer(
 ) -> SanaTransformer2DModel:
     """The diffusion transformer in train mode, every weight trainable and in `dtype`.
 
-    subfolder: "transformer_ema" reads an exported EMA. Raises UserError as `load_text_encoder`.
+    folder: a model's, or a checkpoint's, which holds nothing else. subfolder: "transformer_ema" reads an average.
+    Raises UserError as `load_text_encoder`.
     """
     from diffusers import SanaTransformer2DModel
 
     name = next(short for short, torch_dtype in _DTYPES.items() if torch_dtype == dtype)
     chosen = None
-    if subfolder == "transformer":
+    if subfolder == "transformer" and (folder / INDEX).is_file():
         chosen = component_weights(folder, "transformer", variant=variant, dtype=name).variant
     transformer = _load(SanaTransformer2DModel, folder / subfolder, chosen, dtype=dtype)
     return transformer.to(device).train().requires_grad_(True)

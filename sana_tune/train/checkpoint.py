@@ -154,9 +154,11 @@ class Checkpoints:
         if not self.background:
             self._settle()
 
-    def save_due(self, every: Every, parts: Parts, before: Progress, progress: Progress) -> None:
-        """Save where a checkpoint is due after the step from `before` to `progress`, an ordinary or a rolling one."""
-        if due(every, progress, before):
+    def save_due(
+        self, every: Every, parts: Parts, progress: Progress, epoch_after: Callable[[int], float] | None = None
+    ) -> None:
+        """Save where a checkpoint is due right after `progress`, an ordinary or a rolling one. The rest is as of `due`."""
+        if due(every, progress, epoch_after):
             self.save(parts, progress)
         elif due(Every(self.keeping.rolling_every), progress):
             self.save(parts, progress, rolling=True)
@@ -311,7 +313,10 @@ class Checkpoints:
             return self._failing(Problem(str(self.output_dir), what, "bring the folder back and start again"), error)
         pause.wait_s = self.room.look_s
         if lack is None and failed:
-            lack, pause.wait_s = Lack(0, size, "the disk took no more, whatever it tells of free space"), self.room.retry_s
+            lack, pause.wait_s = (
+                Lack(0, size, "the disk took no more, whatever it tells of free space"),
+                self.room.retry_s,
+            )
         if lack is None:
             return _Verdict.GO
         free, needed = human_bytes(lack.free_bytes), human_bytes(lack.needed_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -9,15 +10,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from sana_tune.errors import Problem, UserError
-from sana_tune.log import log
 from sana_tune.progress import Every, Progress, due
 from sana_tune.train.checkpoint import Checkpoints
+from sana_tune.train.diagnosis import diagnose, diagnosed
 from sana_tune.train.folders import Checkpoint
 from sana_tune.train.signals import Stop
 from sana_tune.train.step import Parts, StepResult, passed_over, summed, train_step
-from sana_tune.train.validate import NoValidator, Validator
-from sana_tune.watch.events import Finished, Started, Stepped, Stopped
+from sana_tune.watch.events import Finished, Noticed, Started, Stepped, Stopped, Validated
 from sana_tune.watch.sinks import Watcher
 
 if TYPE_CHECKING:
@@ -44,11 +43,19 @@ class Batches(Protocol):
     def steps(self, first_step: int, total_steps: int) -> Iterator[Sequence[Sample]]: ...
 
 
+class Validates(Protocol):
+    """Draws pictures when it is asked to: train.validate.Validator, NoValidator, train.external.ScriptValidator."""
+
+    def start(self, parts: Parts, progress: Progress) -> Validated: ...
+    def run(self, parts: Parts, progress: Progress) -> Validated: ...
+    def finish(self, parts: Parts, progress: Progress) -> Validated: ...
+
+
 def fit(
     plan: Course,
     parts: Parts,
     batches: Batches,
-    validator: Validator | NoValidator,
+    validator: Validates,
     checkpoints: Checkpoints,
     watcher: Watcher,
     stop: Stop,
@@ -74,30 +81,31 @@ def fit(
         patience = Patience(max_bad_steps)
         with closing(Timed(batches.steps(progress.step, plan.total_steps))) as steps:
             for micro_batches in steps:
-                if progress.step in spoiled:
-                    result = passed_over(parts, micro_batches, progress)
-                else:
-                    result = train_step(parts, micro_batches, progress)
-                before, progress = progress, progress.advance(result.images, plan.epoch_after(progress.step + 1))
+                before, step = progress, passed_over if progress.step in spoiled else train_step
+                result = step(parts, micro_batches, before)
+                progress = progress.advance(result.images, plan.epoch_after(progress.step + 1))
                 watcher.emit(steps.event(progress, result))
+                if result.skipped:
+                    watcher.emit(noticed(progress, result, micro_batches))
+                    patience.check(parts, micro_batches, before, result, checkpoints)
                 if result.spoiled and (held := checkpoints.held()) is not None:
-                    spoiled.add(progress, result, held)
+                    watcher.emit(spoiled.add(parts, micro_batches, before, result, held, checkpoints))
                     progress = checkpoints.restore(parts, held)
                     steps.restart(batches.steps(progress.step, plan.total_steps))
                     watcher.emit(Started(progress, plan.total_steps, plan.steps_per_epoch, str(held.path)))
                     continue
-                patience.check(progress, result)
+                patience.end_row(result)
                 checkpoints.poll()
-                checkpoints.save_due(plan.save_every, parts, before, progress)
-                if due(plan.validate_every, progress) and progress.step < plan.total_steps:
+                checkpoints.save_due(plan.save_every, parts, progress, plan.epoch_after)
+                if due(plan.validate_every, progress, plan.epoch_after) and progress.step < plan.total_steps:
                     watcher.emit(validator.run(parts, progress))
                 if stop_agreed(parts, stop):
                     break
         if not checkpoints.finish(parts, progress) or progress.step < plan.total_steps:
-            watcher.emit(Stopped(progress, stop.reason))
+            watcher.emit(Stopped(progress, stop.reason, patience.skipped))
             raise stop.interrupted()
         watcher.emit(validator.finish(parts, progress))
-        watcher.emit(Finished(progress, export(progress)))
+        watcher.emit(Finished(progress, export(progress), patience.skipped))
     if stop.requested:
         raise stop.interrupted()
     return progress
@@ -141,6 +149,7 @@ class Timed:
             images=result.images,
             skipped=result.skipped,
             losses=result.losses,
+            by_sigma=result.by_sigma,
         )
 
     def restart(self, steps: Iterator[Sequence[Sample]]) -> None:
@@ -152,6 +161,18 @@ class Timed:
         """End the steps (and the thread that prepares them)."""
         if isinstance(self._steps, Generator):
             self._steps.close()
+
+
+def noticed(progress: Progress, result: StepResult, micro_batches: Sequence[Sample]) -> Noticed:
+    """What whoever watches is told of a step that moved nothing. `progress` is right after it."""
+    bad = "gradient norm" if math.isfinite(result.loss) else "loss"
+    ids = [id for _, batch in micro_batches for id in batch.ids]
+    more = f" and {len(ids) - _TOLD} more" if len(ids) > _TOLD else ""
+    pictures = f"its pictures: {', '.join(ids[:_TOLD])}{more}"
+    return Noticed(progress, f"step {progress.step} was skipped: its {bad} is not finite; {pictures}")
+
+
+_TOLD = 8
 
 
 class Spoiled:
@@ -167,36 +188,60 @@ class Spoiled:
     def __contains__(self, step: int) -> bool:
         return step in self._steps
 
-    def add(self, progress: Progress, result: StepResult, held: Checkpoint) -> None:
-        """`progress` is right after the step. Raises UserError when there are too many since the checkpoint."""
-        self._steps.add(progress.step - 1)
-        log.warning(
-            "step %d: the gradient is not finite (loss %s), and weights had moved already "
-            "(optimizer_release_gradients): going back to %s; the step is passed over",
-            progress.step, result.loss, held.path,
-        )  # fmt: skip
+    def add(
+        self,
+        parts: Parts,
+        micro_batches: Sequence[Sample],
+        before: Progress,
+        result: StepResult,
+        held: Checkpoint,
+        checkpoints: Checkpoints,
+    ) -> Noticed:
+        """The step after `before` is spoiled. Raises UserError when there are too many since the checkpoint."""
+        self._steps.add(before.step)
         if sum(step >= held.step for step in self._steps) >= self.limit:
-            what = f"{self.limit} steps after {held.path} had gradients that are not finite; the checkpoint is sound"
-            raise UserError(Problem(f"step {progress.step}", what, _CURE))
-
-
-_CURE = "lower learning_rate, or train with --mixed_precision no to see whether precision is the cause"
+            why = f"{self.limit} steps after {held.path} had gradients that are not finite"
+            found = diagnose(parts, micro_batches, before.step, result.loss, result.grad_norm)
+            raise diagnosed(found, checkpoints.output_dir, why, f"The checkpoint {held.path.name} is sound")
+        text = (
+            f"step {before.step + 1}: the gradient is not finite (loss {result.loss}), and weights had moved already "
+            f"(optimizer_release_gradients): going back to {held.path}; the step is passed over"
+        )
+        return Noticed(before, text)
 
 
 class Patience:
-    """Ends a run whose steps are not finite any more: `limit` of them in a row."""
+    """Ends a run whose steps are not finite any more: `limit` of them in a row. skipped: how many there were in all."""
 
     def __init__(self, limit: int):
         self.limit = limit
+        self.skipped = 0
         self._bad = 0
 
-    def check(self, progress: Progress, result: StepResult) -> None:
-        """Count one step. Raises UserError with the last numbers when the limit is reached."""
-        self._bad = self._bad + 1 if result.skipped else 0
-        if self._bad >= self.limit:
-            sound = "there is no checkpoint yet" if result.spoiled else "none of them moved a weight"
-            what = (
-                f"{self._bad} steps in a row had numbers that are not finite (loss {result.loss}, gradient norm "
-                f"{result.grad_norm}); {sound}{'' if result.spoiled else ', so the checkpoints are sound'}"
-            )
-            raise UserError(Problem(f"step {progress.step}", what, _CURE))
+    def check(
+        self,
+        parts: Parts,
+        micro_batches: Sequence[Sample],
+        before: Progress,
+        result: StepResult,
+        checkpoints: Checkpoints,
+    ) -> None:
+        """Count a bad step, the one after `before`. Raises UserError with a diagnosis when the limit is reached."""
+        self._bad, self.skipped = self._bad + 1, self.skipped + 1
+        if self._bad < self.limit or (result.spoiled and checkpoints.held() is not None):
+            return
+        why = (
+            f"{self._bad} steps in a row had numbers that are not finite (loss {result.loss}, gradient norm "
+            f"{result.grad_norm})"
+        )
+        held = checkpoints.held()
+        sound = "There is no checkpoint yet" if held is None else f"The checkpoint {held.path.name} is sound"
+        if not result.spoiled:
+            sound = f"None of them moved a weight; {sound[0].lower()}{sound[1:]}"
+        found = diagnose(parts, micro_batches, before.step, result.loss, result.grad_norm)
+        raise diagnosed(found, checkpoints.output_dir, why, sound)
+
+    def end_row(self, result: StepResult) -> None:
+        """A good step ends a row of bad ones."""
+        if not result.skipped:
+            self._bad = 0

@@ -41,8 +41,8 @@ class Room:
     """What must be free before a checkpoint is written, and what to do otherwise.
 
     threshold: as values.parse_disk_size takes it; None = the checkpoint's size alone. script: of the action of that
-    name. look_s: seconds between two looks at a full disk; retry_s: before a write is tried again that failed though the
-    disk tells of room (a quota); tell_s: between two messages.
+    name. look_s: seconds between two looks at a full disk; retry_s: before a write is tried again that failed though
+    the disk tells of room (a quota); tell_s: between two messages.
     """
 
     threshold: str | None = None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,12 @@ from sana_tune.model import flow
 from sana_tune.model.attention import trimmed
 from sana_tune.model.blocks import TEXT_MULTIPLE
 from sana_tune.model.levels import Levels
+from sana_tune.model.rollout import OFF, Rollout
 from sana_tune.progress import Progress
 from sana_tune.schedule import Schedule
 from sana_tune.train.ema import Ema, NoEma
 from sana_tune.train.release import Release
+from sana_tune.train.roll_in import Mixture, roll_in, velocity_of
 from sana_tune.train.rounding import place
 from sana_tune.train.scale import LossScale, NoLossScale
 
@@ -52,6 +54,7 @@ class Parts:
     scale: the loss scale of fp16. release: the weights are updated inside the backward pass; None = after it.
     compiled:    whether the blocks are compiled, so that few lengths of text are wanted.
     levels, objective, perturbation: how noise levels are drawn, what is minimised, and noise beyond the target's.
+    rollout:     which samples are trained at states that the model itself led to.
     base:        the untrained model, frozen; regularisation data learns what it predicts. None = its pictures.
     regularised: whether there is regularisation data: its loss is told apart then.
     """
@@ -70,6 +73,7 @@ class Parts:
     levels: Levels = flow.RECIPE
     objective: flow.Objective = flow.MSE
     perturbation: flow.Perturbation = flow.Perturbation()
+    rollout: Rollout = OFF
     base: nn.Module | None = None
     regularised: bool = False
     compiled: bool = False
@@ -97,6 +101,7 @@ class StepResult:
     images: pictures seen on all ranks. skipped: loss or norm was not finite, so no weight was moved; or, with
     `spoiled`, some weights had moved before that was known (gradient release).
     losses: with regularisation data, role → mean over the step's micro-batches of that role, if there were any.
+    by_sigma: (noise level, loss) of each sample of this rank.
     """
 
     loss: float
@@ -106,6 +111,18 @@ class StepResult:
     skipped: bool
     losses: Mapping[str, float] = field(default_factory=dict)
     spoiled: bool = False
+    by_sigma: tuple[tuple[float, float], ...] = ()
+
+
+class MicroLoss(NamedTuple):
+    """The loss of one micro-batch, fp32 on the device. mean: a scalar with its graph. per_sample: [B], without.
+
+    levels: the noise levels [B], on the CPU.
+    """
+
+    mean: Tensor
+    per_sample: Tensor
+    levels: Tensor
 
 
 def drawn(
@@ -150,21 +167,21 @@ def train_step(parts: Parts, micro_batches: Sequence[Sample], progress: Progress
         return _released_step(parts, parts.release, micro_batches, progress.step, rate)
     count = len(micro_batches)
     ranks = parts.accelerator.num_processes
-    losses: list[Tensor] = []
+    losses: list[MicroLoss] = []
     for number, (micro_batch, batch) in enumerate(micro_batches):
         last = number == count - 1
         with nullcontext() if last else parts.accelerator.no_sync(parts.transformer):
             micro = micro_batch.index % (count * ranks)
-            loss = micro_loss(parts, batch, progress.step, micro, count * ranks) / count
-            parts.accelerator.backward(parts.scale.scaled(loss))
-        losses.append(loss.detach())
+            loss = micro_loss(parts, batch, progress.step, micro, count * ranks)
+            parts.accelerator.backward(parts.scale.scaled(loss.mean / count))
+        losses.append(loss._replace(mean=loss.mean.detach() / count))
     parts.scale.unscale(parts.trained)
     norm = clip(parts.trained, parts.max_grad_norm, parts.clip_method)
     images = sum(batch.latents.shape[0] for _, batch in micro_batches)
     roles = [batch.role for _, batch in micro_batches] if parts.regularised else []
-    loss_value, norm_value, images, by_role = _read(parts, losses, norm, images, roles)
+    read = _read(parts, losses, norm, images, roles)
 
-    good = math.isfinite(loss_value) and math.isfinite(norm_value)
+    good = read.is_finite
     if good:
         parts.ema.fence()
         parts.optimizer.step()
@@ -172,7 +189,7 @@ def train_step(parts: Parts, micro_batches: Sequence[Sample], progress: Progress
     parts.scale.update(good)
     if good:
         parts.ema.update(progress.step + 1)
-    return StepResult(loss_value, norm_value, rate, images, not good, by_role)
+    return read.result(rate, skipped=not good)
 
 
 def set_rate(parts: Parts, step: int) -> float:
@@ -201,28 +218,31 @@ def _released_step(
     images = batch.latents.shape[0]
     roles = [batch.role] if parts.regularised else []
 
-    def backward() -> tuple[float, float, dict[str, float]]:
+    def backward() -> Read:
         loss = micro_loss(parts, batch, step, 0)
-        parts.accelerator.backward(loss)
-        value, norm, _, by_role = _read(parts, [loss.detach()], release.norm(), images, roles)
-        return value, norm, by_role
+        parts.accelerator.backward(loss.mean)
+        return _read(parts, [loss._replace(mean=loss.mean.detach())], release.norm(), images, roles)
 
     if release.passes == 2:
         with release.measuring():
-            loss, norm, by_role = backward()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            return StepResult(loss, norm, rate, images, skipped=True, losses=by_role)
+            read = backward()
+        if not read.is_finite:
+            return read.result(rate, skipped=True)
     parts.ema.fence()
     with release.updating():
-        loss, norm, by_role = backward()
-    good = math.isfinite(loss) and math.isfinite(norm)
-    if good:
+        read = backward()
+    if read.is_finite:
         parts.ema.update(step + 1)
-    return StepResult(loss, norm, rate, images, skipped=not good, losses=by_role, spoiled=not good)
+    return read.result(rate, skipped=not read.is_finite, spoiled=not read.is_finite)
 
 
-def micro_loss(parts: Parts, batch: Batch, step: int, micro: int, micro_batches: int = 1) -> Tensor:
-    """Mean loss of one micro-batch of the step's `micro_batches`, with its graph. Scalar fp32 on the device."""
+def micro_loss(
+    parts: Parts, batch: Batch, step: int, micro: int, micro_batches: int = 1, *, exact: bool = False
+) -> MicroLoss:
+    """The loss of one micro-batch of the step's `micro_batches`; the forward pass of the step.
+
+    exact: computed in the dtype of the weights, without autocast.
+    """
     shape = batch.latents.shape
     device, dtype = parts.accelerator.device, parts.input_dtype
     shift = parts.shift_at(shape[-2] * shape[-1])
@@ -233,21 +253,31 @@ def micro_loss(parts: Parts, batch: Batch, step: int, micro: int, micro_batches:
     text, text_mask = trimmed(
         batch.text, batch.text_mask, TEXT_MULTIPLE if parts.compiled else 8, masked=parts.compiled
     )
+    noisy, mask = flow.noised(x0, mixed, sigma), None if batch.loss_mask is None else to_device(batch.loss_mask, device)
     inputs = {
-        "hidden_states": flow.noised(x0, mixed, sigma).to(dtype),
+        "hidden_states": noisy.to(dtype),
         "encoder_hidden_states": to_device(text, device).to(dtype),
         "encoder_attention_mask": None if text_mask is None else to_device(text_mask, device),
         "timestep": flow.timestep(sigma),
         "return_dict": False,
     }
-    with parts.accelerator.autocast():
+    rolled = None
+    if parts.rollout.max_offset and batch.role is not Role.REGULARISE:
+        lengths = parts.rollout.lengths(shape[0], step, _generator("rollout", parts.seed, step, micro))
+        velocity = velocity_of(parts.bare, parts.accelerator.autocast, inputs, shape[0] if parts.compiled else None)
+        rolled = roll_in(parts.rollout, velocity, Mixture(x0, noise, noisy, levels), lengths, shift)
+        inputs["hidden_states"] = rolled.states.to(dtype)
+    with nullcontext() if exact else parts.accelerator.autocast():
         prediction = parts.transformer(**inputs)[0]
     wanted = flow.target(x0, noise)
     if parts.base is not None and batch.role is Role.REGULARISE:
         with torch.no_grad(), parts.accelerator.autocast():
             wanted = parts.base(**inputs)[0]
-    mask = None if batch.loss_mask is None else to_device(batch.loss_mask, device)
-    return flow.loss(prediction, wanted, mask, sigma, parts.objective).mean
+    plain = flow.loss(prediction, wanted, mask, sigma, parts.objective)
+    per_sample = plain.per_sample
+    if rolled is not None:
+        per_sample = rolled.loss(per_sample, prediction, wanted, mask, sigma, parts.objective)
+    return MicroLoss(per_sample.mean(), per_sample.detach(), levels)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -270,27 +300,53 @@ def clip(parameters: Sequence[nn.Parameter], limit: float, method: Literal["norm
     return norm
 
 
-def _read(
-    parts: Parts, losses: list[Tensor], norm: Tensor, images: int, roles: Sequence[Role]
-) -> tuple[float, float, int, dict[str, float]]:
-    """Mean loss, gradient norm, pictures, and mean loss by role over all ranks: the one read of the device in a step.
+@dataclass(frozen=True)
+class Read:
+    """The numbers of a step on the host: mean loss, gradient norm, pictures and loss by role over all ranks.
 
-    losses: of the micro-batches, each over their number. roles: theirs, or none when nobody asks.
+    by_sigma: (noise level, loss) of this rank's samples.
+    """
+
+    loss: float
+    grad_norm: float
+    images: int
+    losses: Mapping[str, float]
+    by_sigma: tuple[tuple[float, float], ...]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the weights may be moved by this step."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    def result(self, rate: float, *, skipped: bool, spoiled: bool = False) -> StepResult:
+        """What the step came to. rate: its learning rate."""
+        return StepResult(self.loss, self.grad_norm, rate, self.images, skipped, self.losses, spoiled, self.by_sigma)
+
+
+def _read(parts: Parts, losses: Sequence[MicroLoss], norm: Tensor, images: int, roles: Sequence[Role]) -> Read:
+    """The one read of the device in a step.
+
+    losses: of the micro-batches, each mean over their number. roles: theirs, or none when nobody asks.
     """
     asked, ranks = _TOLD if roles else (), parts.accelerator.num_processes
+    means = [loss.mean for loss in losses]
     counts = [float(roles.count(role)) for role in asked]
-    own = [[loss for loss, of in zip(losses, roles, strict=True) if of is role] for role in asked]
-    sums = [torch.stack(some).sum() if some else torch.zeros_like(losses[0]) for some in own]
-    values = torch.stack([torch.stack(losses).sum(), norm.float(), *sums])
+    own = [[mean for mean, of in zip(means, roles, strict=True) if of is role] for role in asked]
+    sums = [torch.stack(some).sum() if some else torch.zeros_like(means[0]) for some in own]
+    values = torch.stack([torch.stack(means).sum(), norm.float(), *sums])
     if ranks > 1:
-        together = torch.cat([values / ranks, values.new_tensor([float(images), *counts])])
-        loss, norm_value, *rest = summed(parts.accelerator, together).tolist()
-    else:
-        loss, norm_value, *rest = [*values.tolist(), float(images), *counts]
-    shares, (total, *counts) = rest[: len(asked)], rest[len(asked) :]
+        values = summed(parts.accelerator, torch.cat([values / ranks, values.new_tensor([float(images), *counts])]))
+    told = torch.cat([values, *(loss.per_sample for loss in losses)]).tolist()
+    if ranks == 1:
+        told[len(values) : len(values)] = [float(images), *counts]
+    samples = told[3 + 2 * len(asked) :]
+    loss, norm_value, *shares = told[: 2 + len(asked)]
+    total, *counts = told[2 + len(asked) : 3 + 2 * len(asked)]
     each = len(losses) * ranks
     found = zip(asked, shares, counts, strict=True)
-    return loss, norm_value, int(total), {role.value: share * each / count for role, share, count in found if count}
+    by_role = {role.value: share * each / count for role, share, count in found if count}
+    levels = [level for one in losses for level in one.levels.tolist()]
+    return Read(loss, norm_value, int(total), by_role, tuple(zip(levels, samples, strict=True)))
 
 
 def summed(accelerator: Accelerator, tensor: Tensor) -> Tensor:

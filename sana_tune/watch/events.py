@@ -55,12 +55,16 @@ class Stepped:
 
 @dataclass(frozen=True)
 class Validated:
-    """Pictures were drawn at `progress`; paths of the files, and prompts that failed with the reason."""
+    """Pictures were drawn at `progress`; paths of the files, and prompts that failed with the reason.
+
+    sheet: path of the contact sheet with all of them beside those of the base model and before; "" = there is none.
+    """
 
     progress: Progress
     files: tuple[str, ...]
     failed: tuple[str, ...] = ()
     duration_s: float = 0.0
+    sheet: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,18 +114,20 @@ class Saved:
 
 @dataclass(frozen=True)
 class Finished:
-    """The run reached its last step; `pipeline` is the exported folder."""
+    """The run reached its last step; `pipeline` is the exported folder. skipped: steps that were not finite."""
 
     progress: Progress
     pipeline: str | None = None
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
 class Stopped:
-    """The run was asked to stop before its last step and has saved."""
+    """The run was asked to stop before its last step and has saved. skipped: as in Finished."""
 
     progress: Progress
     reason: str = ""
+    skipped: int = 0
 
 
 @dataclass(frozen=True)

@@ -201,10 +201,14 @@ def message_of(event: Event) -> str | None:
             return "\n".join((f"Measured at step {progress.step}: {numbers}", *event.advice))
         case Finished(progress=progress, pipeline=pipeline):
             where = f"; the pipeline is in {pipeline}" if pipeline else ""
-            return f"Finished: {progress.step} steps, {progress.images} images{where}"
+            return f"Finished: {progress.step} steps, {progress.images} images{where}{_lost(event.skipped)}"
         case Stopped(progress=progress, reason=reason):
-            return f"Stopped after step {progress.step}{': ' + reason if reason else ''}"
+            return f"Stopped after step {progress.step}{': ' + reason if reason else ''}{_lost(event.skipped)}"
     return None
+
+
+def _lost(skipped: int) -> str:
+    return f"; {skipped} of this start's steps were skipped, their numbers not finite" if skipped else ""
 
 
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
@@ -212,9 +216,6 @@ _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ER
 
 def say(event: Event) -> None:
     """Log the event's message; failed pictures as a warning."""
-    if isinstance(event, Stepped) and event.skipped:
-        log.warning("step %d was skipped: its loss or gradient norm is not finite", event.progress.step)
-        return
     if isinstance(event, Noticed):
         log.log(_LEVELS[event.severity], "%s", event.message)
         return

@@ -10,6 +10,8 @@ from sana_tune.config.choices import (
     OPTIMIZER_DEFAULTS,
     OPTIMIZERS,
     REFUSED_LR_SCHEDULERS,
+    REFUSED_SAMPLERS,
+    SAMPLERS,
 )
 
 
@@ -26,3 +28,7 @@ def test_schedules_are_named_alike_everywhere() -> None:
     assert LR_END_DEFAULTS == {"polynomial": 4e-7, "cosine": 0.0, "cosine_with_restarts": 0.0}
     assert {*LR_END_DEFAULTS, *LR_POWER_USED_BY, *LR_CYCLES_USED_BY} <= set(LR_SCHEDULERS)
     assert not set(REFUSED_LR_SCHEDULERS) & set(LR_SCHEDULERS)
+
+
+def test_samplers_are_used_or_refused() -> None:
+    assert all(SAMPLERS.values()) and not set(SAMPLERS) & set(REFUSED_SAMPLERS)

@@ -134,7 +134,6 @@ def test_of_masks_with_a_mistake_only_that_is_told(tmp_path: Path) -> None:
 NOTED = {
     "report_to": "wandb",
     "push_to_hub": True,
-    "validation_preview": True,
     "webhook_config": "config/webhook.json",
     "hash_filenames": True,
 }
@@ -252,7 +251,7 @@ def test_the_quickstarts_files_load_unchanged(tmp_path: Path, monkeypatch: pytes
     assert config.model.gradient_checkpointing_interval == 2 and config.flow.flow_schedule_auto_shift
     said = "\n".join(loaded.notes)
     for note in ("do nothing with crop: false", "push_to_hub is not built",
-                 "report_to is not built", "validation_preview is not built", "auto_shift takes effect"):  # fmt: skip
+                 "report_to is not built", "auto_shift takes effect"):  # fmt: skip
         assert note in said
 
 

@@ -26,6 +26,7 @@ from sana_tune.config.choices import (
     LR_SCHEDULERS,
     NOISE_DISTRIBUTIONS,
     OPTIMIZERS,
+    SAMPLERS,
 )
 from sana_tune.config.datasets import ImageDataset
 from sana_tune.config.files import resolve
@@ -62,6 +63,7 @@ OF_KEYS: dict[str, st.SearchStrategy[Any]] = {
     "huber_schedule": st.sampled_from(sorted(HUBER_SCHEDULES)),
     "loss_weighting": st.sampled_from(sorted(LOSS_WEIGHTINGS)),
     "flow_distribution": st.sampled_from(sorted({*NOISE_DISTRIBUTIONS} - {"custom"})),
+    "validation_noise_scheduler": st.sampled_from(sorted(SAMPLERS)),
     "probability": st.floats(0, 1e4, exclude_min=True, allow_subnormal=False),
     "alpha_ground": st.sampled_from(["#0a1B2c", "#fff", "white", "rebeccapurple"]),
     "caption_shuffle": st.fixed_dictionaries(
@@ -84,7 +86,8 @@ BY_HAND = {"pretrained_model_name_or_path", "data_backend_config", "id", "instan
            *SourceSettings.model_fields,
            "flow_custom_timesteps", "flow_use_uniform_schedule", "flow_use_beta_schedule", "snr_gamma",
            "optimizer_config", "optimizer_release_gradients", "lr_scale_sqrt",
-           "gradient_checkpointing_segment_stride", "dynamo_backend"}  # fmt: skip
+           "gradient_checkpointing_segment_stride", "dynamo_backend", "validation_method",
+           "validation_external_script"}  # fmt: skip
 
 
 def values_of(info: FieldInfo) -> st.SearchStrategy[Any]:

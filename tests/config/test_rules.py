@@ -139,6 +139,34 @@ def test_crop_settings_without_effect_are_noted(tmp_path: Path, entry: dict[str,
     assert notes == [] if note is None else len(notes) == 1 and note in notes[0] and "dataset pictures" in notes[0]
 
 
+# ---- rollouts ----
+
+
+def test_a_rollout_is_a_part_of_the_way(tmp_path: Path) -> None:
+    told = problems_of(tmp_path, {"scheduled_sampling_max_step_offset": 21, "scheduled_sampling_probability": 1})
+    assert "scheduled_sampling_max_step_offset: a rollout must not be longer" in told and "(20) steps; found 21" in told
+    told = problems_of(tmp_path, {"scheduled_sampling_sampler": "heun", "scheduled_sampling_order": 4})
+    assert "no sampler of rollouts has the name 'heun'" in told and "scheduled_sampling_order" in told
+
+
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        ({"max_step_offset": 3, "probability": 0.5}, None),
+        ({"max_step_offset": 3, "ramp_steps": 10, "prob_end": 1.0}, None),
+        ({"probability": 0.5}, "scheduled_sampling_probability: no effect, since scheduled_sampling_max_step_offset"),
+        ({"max_step_offset": 3}, "scheduled sampling rolls nothing in"),
+        ({"max_step_offset": 3, "probability": 0.5, "prob_end": 1.0}, "scheduled_sampling_ramp_steps is 0"),
+        ({"max_step_offset": 3, "probability": 0.5, "ramp_steps": 9}, "the ramp takes its place"),
+        ({"max_step_offset": 3, "probability": 0.5, "sampler": "euler", "order": 3}, "Euler's method has order 1"),
+    ],
+)
+def test_settings_of_rollouts_without_effect_are_noted(tmp_path: Path, settings: dict, note: str | None) -> None:
+    asked = {f"scheduled_sampling_{key}": value for key, value in settings.items()}
+    notes = [line for line in load_with(tmp_path, asked).notes if "scheduled" in line]
+    assert notes == [] if note is None else len(notes) == 1 and note in notes[0]
+
+
 # ---- the learning rate ----
 
 

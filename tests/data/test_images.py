@@ -14,7 +14,16 @@ from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps
 
 from sana_tune.data import images
 from sana_tune.data.geometry import Box, Placement, Rules, Size, place
-from sana_tune.data.images import BrokenImage, decode, encode_png, measure, prepare, read_header
+from sana_tune.data.images import (
+    BrokenImage,
+    contact_sheet,
+    decode,
+    encode_picture,
+    encode_png,
+    measure,
+    prepare,
+    read_header,
+)
 from sana_tune.data.sources import PICTURE_ENDINGS
 from tests.data.pictures import encoded, noise
 from tests.data.profiles import (
@@ -634,3 +643,37 @@ def test_a_picture_of_the_right_size_is_not_resampled():
 def test_png_keeps_every_pixel():
     picture = noise(20, 30)
     np.testing.assert_array_equal(np.asarray(decode(encode_png(picture))), picture)
+
+
+@pytest.mark.parametrize(("kind", "begins"), [("png", b"\x89PNG"), ("webp", b"RIFF"), ("jpeg", b"\xff\xd8")])
+def test_pictures_are_written_in_each_kind(kind, begins):
+    rows, columns = np.mgrid[0:32, 0:48]
+    picture = np.stack([rows * 7, columns * 5, rows + columns], axis=-1).astype(np.uint8)
+    data = encode_picture(picture, kind, 90)
+    assert data.startswith(begins)
+    found = np.asarray(decode(data)).astype(int)
+    assert found.shape == picture.shape and np.abs(found - picture).mean() < (0.1 if kind == "png" else 6)
+    if kind != "png":
+        assert len(encode_picture(picture, kind, 10)) < len(data)
+    assert np.array_equal(np.asarray(decode(encode_png(picture, fast=True))), picture)
+
+
+def test_a_contact_sheet_has_every_picture_in_its_place():
+    colours = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200)}
+    files = {name: encode_png(np.full((64, 32, 3), colour, np.uint8)) for name, colour in colours.items()}
+    large = encode_png(np.full((1024, 512, 3), (9, 9, 9), np.uint8))
+    rows = [
+        ("one", "text", [files["red"], None]),
+        ("zwei " * 99, "星", [files["green"], files["blue"]]),
+        ("x", "", [None, large]),
+    ]
+    sheet = contact_sheet(["base", "now"], rows, 128)
+    assert sheet.shape[1] == 8 + 2 * (128 + 8) and sheet.dtype == np.uint8
+    for name, colour in colours.items():
+        places = np.argwhere(np.abs(sheet.astype(int) - colour).max(axis=-1) < 3)
+        (top, left), (bottom, right) = places.min(axis=0), places.max(axis=0)
+        assert (bottom - top + 1, right - left + 1) == (128, 64), f"{name}: as much larger as there is room"
+        assert left == (8 if name != "blue" else 144)
+    dark = np.argwhere(np.abs(sheet.astype(int) - 9).max(axis=-1) < 3)
+    assert dark[:, 1].max() - dark[:, 1].min() + 1 == 64 and (sheet[-8:] == 255).all()
+    assert (sheet[:24] < 128).any(), "the columns have names"

@@ -36,7 +36,9 @@ def test_what_configure_writes_trains_and_goes_on(tmp_path, capsys):
     output = tmp_path / "output" / "holiday"
     assert [line["step"] for line in metrics_of(output)] == [1, 2, 3]
     drawn = {path.name for path in (output / "validation_images").iterdir()}
-    assert {"validation", "another", "control"} <= {name.split("_")[2] for name in drawn}, drawn
+    assert {"validation", "another", "control", "unconditional", "contact"} <= {name.split("_")[2] for name in drawn}, (
+        drawn
+    )
     assert (output / "pipeline" / "model_index.json").is_file()
     ledger = json.loads((output / "ledger.json").read_text(encoding="utf-8"))
     assert [(part["dataset"], part["trained"]) for part in ledger["datasets"]] == [("holiday-64", 8), ("holiday-32", 8)]

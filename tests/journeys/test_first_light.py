@@ -176,7 +176,8 @@ def test_the_run_leaves_every_file_of_the_contract(clone, monkeypatch):
     drawn = {0: ("",), **dict.fromkeys((*range(interval, total, interval), total), ("", "_ema"))}
     prompts = prompts_of(config.validation, str.strip)
     wanted = {f"step_{step}_{name}_0_64x64{kind}.png" for step in drawn for name in prompts for kind in drawn[step]}
-    assert len(prompts) >= 3 and MAIN in prompts
+    wanted |= {f"step_{step}_contact_sheet.png" for step in drawn}
+    assert len(prompts) >= 4 and MAIN in prompts
     assert {path.name for path in (clone.output / "validation_images").iterdir()} == wanted
 
 

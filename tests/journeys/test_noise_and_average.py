@@ -48,6 +48,24 @@ RECIPES = {
     "soft min-SNR": "--snr_gamma 5 --use_soft_min_snr",
     "perturbation": "--input_perturbation 0.2",
 }
+# name → flags, with `ROLLED`.
+ROLLED = "--scheduled_sampling_max_step_offset 4 --scheduled_sampling_probability 1"
+ROLLOUTS = {
+    "rolled in": "",
+    "shorter": "--scheduled_sampling_max_step_offset 2",
+    "half of them": "--scheduled_sampling_probability 0.5",
+    "a ramp": "--scheduled_sampling_ramp_steps 2 --scheduled_sampling_prob_start 0.7",
+    "early": "--scheduled_sampling_strategy biased_early",
+    "late": "--scheduled_sampling_strategy biased_late",
+    "Euler": "--scheduled_sampling_sampler euler",
+    "DPM-Solver++": "--scheduled_sampling_sampler dpm",
+    "order 3": "--scheduled_sampling_sampler dpm --scheduled_sampling_order 3",
+    "without ReflexFlow": "--scheduled_sampling_reflexflow false",
+    "alpha": "--scheduled_sampling_reflexflow_alpha 3",
+    "beta1": "--scheduled_sampling_reflexflow_beta1 1",
+    "beta2": "--scheduled_sampling_reflexflow_beta2 2",
+    "longer steps": "--validation_num_inference_steps 8",
+}
 # name → flags. What each changes is in the average of the last step.
 AVERAGES = {
     "ramp": "--use_ema",
@@ -96,7 +114,7 @@ def asked(home: Path, flags: str) -> Parts:
 
 def loss_at(parts: Parts, batch: Batch, step: int = 0) -> float:
     with torch.no_grad():
-        return float(micro_loss(parts, batch, step, 0))
+        return float(micro_loss(parts, batch, step, 0).mean)
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +129,18 @@ def test_every_recipe_has_its_own_loss(home: Path, batch: Batch):
     found = {name: loss_at(asked(home, flags), batch) for name, flags in {"plain": "", **RECIPES}.items()}
     assert all(math.isfinite(loss) for loss in found.values())
     assert len(set(found.values())) == len(found) == 1 + len(RECIPES), found
+
+
+def test_every_rollout_has_its_own_loss(home: Path):
+    generator = torch.Generator().manual_seed(1)
+    latents, text = torch.randn(16, 8, 4, 4, generator=generator), torch.randn(16, 3, 64, generator=generator)
+    many = Batch(latents, text, torch.ones(16, 3, dtype=torch.int64), None, Role.TRAIN, ("a",) * 16)
+    found = {name: loss_at(asked(home, f"{ROLLED} {flags}"), many) for name, flags in ROLLOUTS.items()}
+    plain = loss_at(asked(home, ""), many)
+    assert all(math.isfinite(loss) for loss in found.values())
+    assert len({plain, *found.values()}) == 1 + len(ROLLOUTS), found
+    off = ("--scheduled_sampling_max_step_offset 4", ROLLED + " --scheduled_sampling_start_step 1")
+    assert [loss_at(asked(home, flags), many) for flags in off] == [plain, plain]
 
 
 def test_a_perturbation_ends_with_its_steps(home: Path, batch: Batch):
@@ -151,7 +181,8 @@ def test_ema_cpu_only_is_ema_device_cpu(home: Path):
 
 COMBINED = (
     "--use_ema --ema_device cpu --ema_warmup_steps 1 --flow_stratified --flow_distribution mode --loss_type huber "
-    "--loss_weighting cosmap --input_perturbation 0.1 --input_perturbation_steps 3 --gradient_accumulation_steps 2"
+    "--loss_weighting cosmap --input_perturbation 0.1 --input_perturbation_steps 3 --gradient_accumulation_steps 2 "
+    "--scheduled_sampling_max_step_offset 3 --scheduled_sampling_ramp_steps 3 --scheduled_sampling_prob_end 1"
 )
 
 
@@ -181,7 +212,8 @@ def test_ema_validation_chooses_the_pictures(home: Path, tmp_path: Path):
     train(
         home, tmp_path, "--use_ema --ema_validation ema_only", validation_disable=False, validation_prompt="a star",
         validation_resolution="32", validation_num_inference_steps=1, disable_benchmark=True,
+        validation_disable_unconditional=True,
     )  # fmt: skip
-    (name,) = (path.stem for path in (tmp_path / "output/validation_images").glob(f"step_{STEPS}_*"))
+    (name,) = (path.stem for path in (tmp_path / "output/validation_images").glob(f"step_{STEPS}_validation_*"))
     assert name.endswith("_ema")
     assert isinstance(ema := asked(home, "--use_ema --ema_validation none").ema, Ema) and ema.shown == "none"

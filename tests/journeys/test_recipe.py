@@ -222,11 +222,19 @@ def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max((one[name] - other[name]).abs().max().item() for name in other)
 
 
+def beyond(one: dict[str, Tensor], other: dict[str, Tensor], limit: float = 1e-6) -> float:
+    """The share of all values that differ by more than `limit`, over the names of the second."""
+    apart = torch.cat([(one[name] - other[name]).abs().flatten() for name in other])
+    return (apart > limit).float().mean().item()
+
+
 def test_twenty_steps_equal_a_loop_by_hand(trial):
     asked, course, state = trial.asked, course_of(trial), trial.state
     expected, lines = by_hand(asked, trial.data, course)
     assert len(expected) == sum(name.startswith("transformer") for name in state) > 100
-    assert furthest(state, expected) <= 1e-6
+    # 1e-6, but for single weights: Adam divides what rounding leaves of a tiny gradient by itself, so that these differ
+    # from processor to processor.
+    assert beyond(state, expected) <= 1e-4 and furthest(state, expected) <= 1e-5
     found = metrics_of(trial.root / "output")
     assert len(found) == asked.steps == 20
     for line, wanted in zip(found, lines, strict=True):
@@ -250,7 +258,8 @@ def test_the_loop_by_hand_sees_small_mistakes(trial):
     asked, data, course, state = trial.asked, trial.data, course_of(trial), trial.state
     unscaled = {name: (latent / SCALING_FACTOR, *text) for name, (latent, *text) in data.items()}
     mistakes = [(replace(asked, shift=2.9), data), (replace(asked, decay=0.9), data), (asked, unscaled)]
-    assert all(furthest(state, by_hand(wrong, given, course)[0]) > 5e-6 for wrong, given in mistakes)
+    apart = [by_hand(wrong, given, course)[0] for wrong, given in mistakes]
+    assert all(beyond(state, other) > 0.1 for other in apart)
 
 
 def test_auto_shift_follows_the_bucket(trial):

@@ -181,6 +181,18 @@ def test_a_revision_is_honoured(repository, client):
         assert hub.commit(NAME) in found["answer"]
 
 
+def test_one_file_of_a_repository(repository, client):
+    wanted, key = "scheduler/scheduler_config.json", "validation_preview_decoder"
+    with FakeHub({NAME: repository}) as hub:
+        calls = [call(name, what="one_file", file=file, key=key)
+                 for name, file in ((NAME, wanted), (NAME, "none.pth"), ("someone/else", wanted))]  # fmt: skip
+        found, missing, unknown = client.ask_all(hub.url, *calls)
+        assert hub.downloaded() == {wanted}
+    assert Path(found["answer"]).read_bytes() == (repository / wanted).read_bytes()
+    assert missing["problem"].startswith(f"{key}: the repository {NAME} has no file none.pth")
+    assert unknown["problem"].startswith(f"{key}: ")
+
+
 def test_a_cut_connection_goes_on_inside_the_file(repository, client, tmp_path):
     big = shutil.copytree(repository, tmp_path / "big")
     file = "transformer/diffusion_pytorch_model.safetensors"

@@ -266,3 +266,18 @@ def test_a_perturbation_falls_over_its_steps():
     assert [flow.Perturbation(0.1).at(step) for step in (0, 1000)] == [0.1, 0.1]
     falling = [flow.Perturbation(0.1, 4).at(step) for step in range(6)]
     assert falling == pytest.approx([0.1, 0.075, 0.05, 0.025, 0.0, 0.0])
+
+
+def test_a_velocity_points_to_its_picture():
+    x0, noise = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    sigma = torch.tensor([0.3, 0.9])
+    x_t = flow.noised(x0, noise, sigma)
+    found = flow.predicted(x_t, flow.target(x0, noise), sigma.reshape(2, 1, 1, 1))
+    assert torch.allclose(found, x0, atol=1e-5)
+
+
+def test_guidance_by_hand_and_rescaled():
+    away, velocity = torch.zeros(1, 2, 2), torch.tensor([[[1.0, 3.0], [5.0, 7.0]]])
+    assert torch.equal(flow.guided(away, velocity, 2.0), 2 * velocity)
+    assert torch.allclose(flow.guided(away, velocity, 2.0, 1.0), velocity), "all of the spread is given back"
+    assert torch.allclose(flow.guided(away, velocity, 2.0, 0.5), 1.5 * velocity)

@@ -64,6 +64,94 @@ def test_the_published_schedule():
     assert scheduler.config.flow_shift == 3.0
 
 
+def test_eulers_last_level_is_shifted_once():
+    scheduler = generate.load_scheduler(cached_sana(), "euler")
+    generate.set_steps(scheduler, 20)
+    assert scheduler.timesteps[0] == 1000 and scheduler.timesteps[-1] == pytest.approx(2.994, abs=1e-3)
+    assert scheduler.sigmas[-1] == 0 and len(scheduler.timesteps) == 20
+    scheduler.set_timesteps(20)
+    assert scheduler.timesteps[-1] == pytest.approx(8.93, abs=0.01), "what diffusers makes of it by itself"
+
+
+def test_unipc_has_the_models_shift():
+    scheduler = generate.load_scheduler(cached_sana(), "unipc")
+    generate.set_steps(scheduler, 20)
+    assert scheduler.timesteps[:3].tolist() == [999, 982, 964] and scheduler.config.flow_shift == 3.0
+    assert scheduler.config.prediction_type == "flow_prediction" and scheduler.config.use_flow_sigmas
+
+
+@pytest.fixture(scope="module")
+def nano():
+    folder = locate("nano")
+    encoder = load_text_encoder(folder)
+    texts = encoder.encode(["a red star on a blue background"])[0], encoder.encode([""])[0]
+    return generate.Painter(folder), load_transformer(folder), texts
+
+
+def test_every_sampler_comes_to_the_same_picture(nano):
+    """They solve the same equation: with many steps they agree, and each is on its way there with few."""
+    painter, transformer, texts = nano
+    options = {"width": 64, "height": 64, "seed": 3}
+    exact = painter.draw(transformer, *texts, steps=24, **options).astype(int)
+    for sampler, steps, most in (("unipc", 14, 8), ("euler", 36, 12)):
+        found = painter.draw(transformer, *texts, steps=steps, sampler=sampler, **options).astype(int)
+        assert np.abs(found - exact).mean() < most, sampler
+
+
+def test_guidance_is_rescaled_to_the_prompts_own_spread(nano):
+    painter, transformer, texts = nano
+    options = {"width": 64, "height": 64, "seed": 3, "steps": 8}
+    strong = painter.draw(transformer, *texts, guidance=12.0, **options)
+    calmer = painter.draw(transformer, *texts, guidance=12.0, rescale=0.7, **options)
+    assert not np.array_equal(strong, calmer)
+    assert np.array_equal(calmer, painter.draw(transformer, *texts, guidance=12.0, rescale=0.7, **options))
+
+
+def test_watched_steps_point_to_the_picture_and_change_nothing(nano):
+    painter, transformer, texts = nano
+    options = {"width": 64, "height": 64, "seed": 3, "steps": 8}
+    seen: list[tuple[int, torch.Tensor]] = []
+    watched = painter.draw(transformer, *texts, watch=lambda step, estimate: seen.append((step, estimate())), **options)
+    assert np.array_equal(watched, painter.draw(transformer, *texts, **options))
+    assert [step for step, _ in seen] == list(range(1, 9)) and seen[0][1].shape == (1, 8, 8, 8)
+    shown = [painter.coder.decode(latents)[0].astype(int) for _, latents in seen]
+    errors = [np.abs(one - watched.astype(int)).mean() for one in shown]
+    assert errors[-1] < 1 and errors[0] > errors[3] > errors[-1], "the last step's estimate is the picture itself"
+
+
+class Crowded(torch.nn.Module):
+    """A VAE on a device that has no room to decode, until it is moved to main memory."""
+
+    def __init__(self, vae):
+        super().__init__()
+        self.vae, self.device, self.moved = vae, torch.device("meta"), []
+
+    def decode(self, *arguments, **options):
+        if not self.moved:
+            raise torch.OutOfMemoryError("no room")
+        return self.vae.decode(*arguments, **options)
+
+    def to(self, place):
+        self.moved.append(place)
+        self.device = torch.device(place)
+        return self
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name in ("vae", "device", "moved") else getattr(self.vae, name)
+
+
+def test_without_room_pictures_are_decoded_in_main_memory(nano, caplog):
+    painter, transformer, texts = nano
+    options = {"width": 64, "height": 64, "seed": 3, "steps": 2}
+    expected = painter.draw(transformer, *texts, **options)
+    crowded = generate.Painter(painter.folder)
+    assert painter.coder is not None
+    crowded.coder = generate.ImageCoder(Crowded(painter.coder.vae))
+    latents = generate.sample(transformer, generate.load_scheduler(painter.folder), *texts, (8, 8, 8), steps=2, seed=3)
+    assert np.array_equal(crowded._decoded(crowded.coder, latents), expected)
+    assert crowded.coder.vae.moved == ["cpu"] and "no room to decode pictures" in caplog.text
+
+
 def test_another_stored_sampler_is_replaced_by_sanas_with_its_shift(tmp_path):
     from diffusers import FlowMatchEulerDiscreteScheduler
 

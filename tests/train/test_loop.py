@@ -13,12 +13,13 @@ import pytest
 
 from sana_tune.errors import Interrupted, UserError
 from sana_tune.progress import Every, Progress
+from sana_tune.prompts import Prompt
 from sana_tune.train import folders
 from sana_tune.train.checkpoint import Checkpoints
 from sana_tune.train.loop import Timed, fit
 from sana_tune.train.signals import LeaveNow, Stop
 from sana_tune.train.step import StepResult
-from sana_tune.train.validate import NoValidator, Validator
+from sana_tune.train.validate import NoValidator, Validator, pictures_of
 from sana_tune.watch.events import Event, Stepped
 from sana_tune.watch.metrics import read
 from sana_tune.watch.sinks import MetricsSink, Watcher
@@ -92,11 +93,25 @@ def test_a_run_from_start_to_end(tmp_path: Path):
 
 def test_previews_come_at_the_start_on_the_way_and_at_the_end(tmp_path: Path):
     drawn = []
-    previews = Validator(tmp_path / "v", {"a": "b"}, [(8, 8)], lambda picture: drawn.append(1), lambda _: b"png")
-    _, recorder, _ = run(tmp_path, Course(4, validate_every=Every(2)), validator=previews)
+    pictures = pictures_of({"a": Prompt("a", "b")}, [(8, 8)])
+
+    def draw(picture: Any, progress: Progress, *, seen: bool) -> Any:
+        drawn.append(1)
+
+    validator = Validator(tmp_path / "v", pictures, draw, lambda _: b"png")
+    _, recorder, _ = run(tmp_path, Course(4, validate_every=Every(2)), validator=validator)
     files = [len(event.files) for event in recorder.events if type(event).__name__ == "Validated"]
     assert files == [1, 2, 2], "the base model has no average yet; the last step's are drawn once"
     assert len(drawn) == 5
+
+
+def test_pictures_come_by_epochs_too(tmp_path: Path):
+    pictures = pictures_of({"a": Prompt("a", "b")}, [(8, 8)])
+    validator = Validator(tmp_path / "v", pictures, lambda *_, seen: None, lambda _: b"png", base=False)  # type: ignore[arg-type]
+    course = Course(7, steps_per_epoch=2.0, validate_every=Every(epochs=1, after_step=3))
+    _, recorder, _ = run(tmp_path, course, validator=validator)
+    steps = [event.progress.step for event in recorder.events if type(event).__name__ == "Validated" and event.files]
+    assert steps == [4, 6, 7]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -215,7 +230,7 @@ def test_single_bad_steps_are_skipped_and_told(tmp_path: Path):
 def test_too_many_bad_steps_end_the_run(tmp_path: Path):
     with pytest.raises(UserError, match="3 steps in a row") as caught:
         run(tmp_path, Course(9, save_every=Every(2)), batches=ToyBatches(bad_steps=(2, 3, 4)), max_bad_steps=3)
-    assert caught.value.problems[0].where == "step 5" and "learning_rate" in caught.value.problems[0].fix
+    assert caught.value.problems[0].where == "step 5" and "cache verify" in caught.value.problems[0].fix
     found = folders.find(tmp_path, "latest")
     assert found is not None and found.step == 4
 

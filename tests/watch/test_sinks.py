@@ -155,15 +155,19 @@ def test_lines_come_by_tenths_and_by_time(lines: io.StringIO):
     assert shown[-1] == 100 and len(shown) == 13
 
 
-def test_lines_of_a_cache_and_of_a_skipped_step(lines: io.StringIO):
+def test_lines_of_a_cache(lines: io.StringIO):
     sink = LinesSink(now=Clock())
     for done in range(51):
         sink.emit(CacheProgress("latents", done, 50, finished=done == 50))
     sink.emit(CacheProgress("text", 0, 0, finished=True))
-    sink.emit(stepped(7, loss=float("nan"), skipped=True))
     text = lines.getvalue().splitlines()
     assert text[0] == "Caching latents: 5 of 50 (10 %)" and text[9] == "Caching latents: 50 of 50 (100 %)"
-    assert text[10] == "warning: step 7 was skipped: its loss or gradient norm is not finite"
+
+
+def test_skipped_steps_are_told_at_the_end():
+    ended = (Finished(Progress(9), None, 2), Stopped(Progress(9), "SIGINT", 2))
+    assert all("; 2 of this start's steps were skipped" in str(message_of(event)) for event in ended)
+    assert "skipped" not in str(message_of(Finished(Progress(9))))
 
 
 def test_a_cache_tells_its_speed_and_what_is_left_each_time_it_is_filled(lines: io.StringIO):
