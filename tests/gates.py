@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("caching",),
     ("drawing",),
     ("inventory", "offline"),
+    ("exporting",),
     ("run",),
     ("bench",),
     ("cli",),

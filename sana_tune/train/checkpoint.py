@@ -28,7 +28,7 @@ from sana_tune.progress import Every, Progress, due
 from sana_tune.saving import Keeping, Stand, reasons
 from sana_tune.train import folders
 from sana_tune.train.folders import FRESH, Checkpoint
-from sana_tune.train.judged import Judged
+from sana_tune.train.judged import Judged, stands_of
 from sana_tune.train.room import Lack, Room, call_script, is_full, slices
 from sana_tune.train.snapshot import Memory, Snapshot, snapshot
 from sana_tune.train.states import load_full_state, names_of
@@ -157,7 +157,7 @@ class Checkpoints:
     def save_due(
         self, every: Every, parts: Parts, progress: Progress, epoch_after: Callable[[int], float] | None = None
     ) -> None:
-        """Save where a checkpoint is due right after `progress`, an ordinary or a rolling one. The rest is as of `due`."""
+        """Save where a checkpoint is due right after `progress`, an ordinary or a rolling one (`due`)."""
         if due(every, progress, epoch_after):
             self.save(parts, progress)
         elif due(Every(self.keeping.rolling_every), progress):
@@ -408,11 +408,6 @@ class _Pause:
             return False
         self.told_s = now
         return True
-
-
-def stands_of(complete: Sequence[Checkpoint], losses: Mapping[int, float]) -> list[Stand]:
-    """What decides which of the checkpoints stay. losses: held-out loss by step."""
-    return [Stand(each.step, each.rolling, losses.get(each.step)) for each in complete]
 
 
 @torch.no_grad()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sana_tune.errors import UserError
 from sana_tune.log import log
+from sana_tune.saving import Stand
 from sana_tune.store import write_atomically
+from sana_tune.train.folders import Checkpoint
 
 FILE = "checkpoint_scores.json"
 
@@ -43,6 +46,11 @@ class Judged:
             write_atomically(self.path, (json.dumps({"held_out": values}, indent=1) + "\n").encode("utf-8"))
         except UserError as error:
             log.warning("%s", error)
+
+
+def stands_of(complete: Sequence[Checkpoint], losses: Mapping[int, float]) -> list[Stand]:
+    """What decides which of the checkpoints stay. losses: held-out loss by step."""
+    return [Stand(each.step, each.rolling, losses.get(each.step)) for each in complete]
 
 
 def _read(path: Path) -> dict[int, float]:
