@@ -592,7 +592,7 @@ def saving_line(plan: Plan) -> str:
     times += [f"every {every.epochs:g} epochs" if every.epochs != 1 else "after every epoch"] * bool(every.epochs)
     how = "written in the background" if saving.background else "training waits while they are written"
     return (
-        f"{' and '.join([*times, 'at the end'])}, {human_bytes(saving.checkpoint_bytes)} each; kept: "
+        f"{', '.join([*times, 'at the end'])}: {human_bytes(saving.checkpoint_bytes)} each; kept: "
         f"{saving.keeping.words}; {how}{f' ({saving.why})' * bool(saving.why)}"
     )
 

@@ -132,10 +132,10 @@ def decide_saving(config: Config, checkpoint_bytes: int, host_bytes: int, availa
     if available_bytes is None:
         return SavingPlan(checkpoint_bytes, False, "how much main memory is free is not known", keeping)
     fits = host_bytes + checkpoint_bytes <= (1 - SPARE) * available_bytes
-    taken = f" beside {_gigabytes(host_bytes)} of training" if host_bytes else ""
-    why = f"a copy takes {_gigabytes(checkpoint_bytes)} of main memory{taken}, and {_gigabytes(available_bytes)} are"
+    taken = f" beside {_size(host_bytes)} of training" if host_bytes else ""
+    why = f"a copy takes {_size(checkpoint_bytes)} of main memory{taken}, and {_size(available_bytes)} are"
     return SavingPlan(checkpoint_bytes, fits, f"{why} free", keeping)
 
 
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2g} GB" if count < 10e9 else f"{count / 1e9:.0f} GB"
+def _size(count: int) -> str:
+    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"

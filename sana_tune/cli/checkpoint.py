@@ -16,7 +16,7 @@ import typer
 from sana_tune.cli.draw import sorted_out
 from sana_tune.cli.loading import settings_asked
 from sana_tune.config.load import load_settings
-from sana_tune.errors import Interrupted, Problem, UserError
+from sana_tune.errors import Interrupted, Problem, UserError, gather
 from sana_tune.plan import human_bytes
 from sana_tune.saving import Keeping, best, keeping_of, reasons
 from sana_tune.train import folders
@@ -32,7 +32,7 @@ class Listed:
     """
 
     checkpoint: Checkpoint
-    epoch: float
+    epoch: float | None  # None: progress.json cannot be read
     saved: datetime
     loss: float | None
     best: int | None
@@ -63,8 +63,9 @@ class Listed:
         held = f", kept: {'; '.join(why)}" if why else ", goes with the next save" if self.kept == () else ""
         loss = "" if self.loss is None else f", held-out loss {self.loss:.4g} (place {self.best})"
         rolling = ", rolling" * self.checkpoint.rolling
+        epoch = "?" if self.epoch is None else f"{self.epoch:.4g}"
         return (
-            f"{self.checkpoint.path.name}: epoch {self.epoch:.4g}, {self.saved:%Y-%m-%d %H:%M}, "
+            f"{self.checkpoint.path.name}: epoch {epoch}, {self.saved:%Y-%m-%d %H:%M}, "
             f"{human_bytes(self.checkpoint.size_bytes)} ({', '.join(self.parts)}){rolling}{loss}{held}"
         )
 
@@ -145,7 +146,7 @@ def listed(folder: Path, keeping: Keeping | None) -> list[Listed]:
     found = [
         Listed(
             each,
-            each.progress().epoch,
+            _epoch(each),
             datetime.fromtimestamp((each.path / folders.MANIFEST).stat().st_mtime).astimezone(),
             losses.get(each.step),
             places.get(number),
@@ -155,6 +156,11 @@ def listed(folder: Path, keeping: Keeping | None) -> list[Listed]:
         for number, each in enumerate(complete)
     ]
     return sorted(found, key=lambda one: one.checkpoint.step)
+
+
+def _epoch(checkpoint: Checkpoint) -> float | None:
+    progress = gather([], checkpoint.progress)
+    return progress and progress.epoch
 
 
 def incomplete(folder: Path) -> list[Path]:

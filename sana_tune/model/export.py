@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sana_tune.errors import Problem, UserError
@@ -47,7 +48,7 @@ def export_pipeline(
             _replace(staged, out)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
         raise UserError(
             Problem(str(out), f"the pipeline cannot be written: {error}", "make room there or name another folder")
         ) from error

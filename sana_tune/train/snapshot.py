@@ -58,7 +58,7 @@ class Memory:
         self._page, self._used = 0, 0
 
     def take(self, like: Tensor) -> Tensor:
-        """Memory for a tensor of this shape and dtype, with a storage of its own (torch.save writes whole ones)."""
+        """Memory for a tensor like this, strides too, with a storage of its own (torch.save writes whole ones)."""
         if like.numel() == 0:
             return torch.empty(like.shape, dtype=like.dtype)
         size = like.numel() * like.element_size()
@@ -68,7 +68,8 @@ class Memory:
             self._pages.append(self._new(max(size, PAGE_BYTES)))
         piece = self._pages[self._page].numpy()[self._used : self._used + size]
         self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
-        return torch.from_numpy(piece).view(like.dtype).view(like.shape)
+        strides = torch.empty_like(like, device="meta").stride()
+        return torch.from_numpy(piece).view(like.dtype).as_strided(like.shape, strides)
 
     def _new(self, size: int) -> Tensor:
         if self.pinned:
@@ -116,7 +117,7 @@ def _copied(value: Any, memory: Memory, copies: dict[int, Tensor]) -> Any:
         return copies[id(value)]
     if isinstance(value, Mapping):
         return {key: _copied(each, memory, copies) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list) or any(True for _ in _in(value)):
         return type(value)(_copied(each, memory, copies) for each in value)
     return value
 
