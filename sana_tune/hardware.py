@@ -16,6 +16,11 @@ TIMEOUT_S = 5.0
 _QUERY = ["nvidia-smi", "--query-gpu=uuid,name,memory.total,memory.free", "--format=csv,noheader,nounits"]
 # Limits of a container, in the two versions of Linux' control groups; "max" or an absurd number is none.
 _CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
+# Limit, use and what the use consists of, in the two versions.
+_CGROUP_USES = (
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+)
 
 
 @dataclass(frozen=True)
@@ -118,3 +123,29 @@ def ram_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
         if limit.isdecimal():
             found = min(found, int(limit))
     return found
+
+
+def free_ram_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Main memory that can be taken now without swapping, a container's limit regarded.
+
+    cgroup: where the limits of control groups stand.
+    """
+    import psutil
+
+    found = int(psutil.virtual_memory().available)
+    for limit_name, used_name, stat_name in _CGROUP_USES:
+        try:
+            limit, used = ((cgroup / name).read_text(encoding="ascii").strip() for name in (limit_name, used_name))
+            stat = (cgroup / stat_name).read_text(encoding="ascii")
+        except (OSError, ValueError):
+            continue
+        if limit.isdecimal() and used.isdecimal():
+            found = min(found, max(0, int(limit) - int(used) + _cached(stat)))
+    return found
+
+
+def _cached(stat: str) -> int:
+    """Bytes of files that a control group's memory holds and would give up."""
+    values = dict(line.split(maxsplit=1) for line in stat.splitlines() if " " in line)
+    found = values.get("total_inactive_file", values.get("inactive_file", "0"))
+    return int(found) if found.isdecimal() else 0

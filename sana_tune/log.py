@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,6 +76,17 @@ class ConsoleHandler(logging.Handler):
         self.target.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
+class FileHandler(logging.FileHandler):
+    """A log file that a full disk stops for a while, and nothing else with it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """The screen has the line; what the disk did not take is tried again with the next one."""
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 def setup(level: int | str = logging.INFO, target: Console | None = None, prefix: str = "") -> None:
     """Send the package's log to the console. Calling it again replaces the console handler, files stay.
 
@@ -92,7 +104,7 @@ def setup(level: int | str = logging.INFO, target: Console | None = None, prefix
 def add_file(path: Path) -> logging.Handler:
     """Also append the log, with times and down to debug, to a file. Returns the handler for `remove`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler = FileHandler(path, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
     log.setLevel(logging.DEBUG)
     log.addHandler(handler)

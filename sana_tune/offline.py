@@ -93,7 +93,7 @@ class Scene:
 
 def validate(loaded: Loaded, asked: Asked) -> Validated:
     """Draw a checkpoint's validation pictures into the run's folder. Raises UserError, Interrupted."""
-    with _listening() as stop, _scene(loaded, asked) as scene:
+    with listening() as stop, _scene(loaded, asked) as scene:
         painter = painter_of(scene)
 
         def draw(picture: Picture, progress: Progress, *, seen: bool) -> np.ndarray:
@@ -116,7 +116,7 @@ def generate(loaded: Loaded, asked: Asked, target: Path | None = None) -> tuple[
     from sana_tune.data.images import encode_picture
     from sana_tune.train.validate import pictures_of
 
-    with _listening(), _scene(loaded, asked) as scene:
+    with listening(), _scene(loaded, asked) as scene:
         config, wanted = scene.loaded.config, scene.loaded.config.validation
         pictures = pictures_of(scene.prompts, drawing_sizes(config, scene.facts), drawing_seed(config))
         suffixes = scene.shown(asked.views)
@@ -157,7 +157,7 @@ def _names(pictures: Sequence[Picture], suffixes: Sequence[str], progress: Progr
 
 
 @contextmanager
-def _listening() -> Iterator[Stop]:
+def listening() -> Iterator[Stop]:
     """Logs and signals as in a run."""
     logs.setup()
     logs.quiet_libraries()

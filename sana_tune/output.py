@@ -138,6 +138,7 @@ _OF_A_RUN = (
     "held_out.safetensors",
     "run_id.json",
     "logs",
+    "checkpoint_scores.json",
 )
 
 

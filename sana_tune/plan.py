@@ -28,6 +28,7 @@ from sana_tune.model.facts import ModelFacts
 from sana_tune.model.levels import Levels, picture
 from sana_tune.model.shift import shift_for
 from sana_tune.progress import Every
+from sana_tune.saving import SavingPlan, decide_saving, keeping_of, most_at_once, saved_at
 from sana_tune.schedule import Schedule, schedule_of
 
 LEFT_OUT_SHOWN = 5
@@ -189,6 +190,7 @@ class Plan:
     held_out: tuple[BucketPlan, ...] = ()
     epochs_shown: tuple[EpochsPlan, ...] = ()
     ranks: int = 1
+    saving: SavingPlan = field(default_factory=lambda: SavingPlan(0, False, ""))
     timeline: Timeline | None = field(default=None, compare=False, repr=False)
     pictures: tuple[str, ...] = ()  # what is drawn and when, in words
     evaluation: EvaluationPlan | None = None
@@ -327,9 +329,11 @@ def make_plan(
     datasets: Sequence[DatasetPlan] = (),
     timeline: Timeline | None = None,
     learns_from_base: bool = False,
+    main_memory_bytes: int | None = None,
 ) -> Plan:
     """Work out the whole run.
 
+    main_memory_bytes: what is free of it now; None = nobody can tell.
     datasets: what each is for. timeline: of datasets that start and end; None when all are always shown. ranks:
     processes. learns_from_base: whether the untrained model is asked too. first_step: where a resumed run stands (0 for
     a fresh one). other_model_bytes: VAE and text encoder on disk, which the exported pipeline holds a copy of.
@@ -339,6 +343,7 @@ def make_plan(
     per_epoch = sum(b.micro_batches for b in buckets) if timeline is None else timeline.stretches[0].epoch_length
     per_step = config.train.gradient_accumulation_steps * ranks
     steps = total_steps(config, per_epoch, per_step, timeline)
+    epochs = steps * per_step / per_epoch if timeline is None else timeline.epochs_at(steps * per_step)
     plans = [_bucket_plan(bucket, flow_shift_of(config, facts, bucket.size)) for bucket in all_buckets]
     bucket_plans = tuple(plan for plan in plans if plan.role != Role.EVAL.value)
     return Plan(
@@ -349,13 +354,13 @@ def make_plan(
         micro_batches_per_step=per_step,
         steps_per_epoch=per_epoch / per_step,
         total_steps=steps,
-        epochs=steps * per_step / per_epoch if timeline is None else timeline.epochs_at(steps * per_step),
+        epochs=epochs,
         images_seen=_images_seen(buckets, steps * per_step, timeline),
         first_step=first_step,
-        save_every=Every(config.train.checkpoint_step_interval),
+        save_every=saved_at(config),
         validate_every=validation_interval(config),
         caches=tuple(caches),
-        disk=disk_need(config, facts, steps, caches, other_model_bytes),
+        disk=disk_need(config, facts, steps, caches, other_model_bytes, epochs=epochs),
         disk_free_bytes=disk_free_bytes,
         flow_shift=base_shift(config, facts),
         notes=tuple(dict.fromkeys((*notes, *_notes(config, facts)))),
@@ -367,9 +372,20 @@ def make_plan(
         datasets=tuple(datasets),
         held_out=tuple(plan for plan in plans if plan.role == Role.EVAL.value),
         epochs_shown=_epochs_shown(buckets, timeline, steps, per_step),
+        saving=decide_saving(
+            config, checkpoint_bytes(config, facts.parameters), training_host_bytes(memory), main_memory_bytes
+        ),
         timeline=timeline,
         ranks=ranks,
     )
+
+
+def training_host_bytes(memory: MemoryPlan | None) -> int:
+    """Main memory that training takes by itself: all that it takes on a CPU, what it takes beside a GPU."""
+    if memory is None:
+        return 0
+    on_cpu = memory.device is not None and memory.device.kind == "cpu"
+    return memory.need.total_bytes if on_cpu else memory.host_bytes
 
 
 def validation_interval(config: Config) -> Every:
@@ -500,13 +516,17 @@ def checkpoint_bytes(config: Config, parameters: int) -> int:
 
 
 def disk_need(
-    config: Config, facts: ModelFacts, steps: int, caches: Sequence[CacheNeed], other_model_bytes: int = 0
+    config: Config,
+    facts: ModelFacts,
+    steps: int,
+    caches: Sequence[CacheNeed],
+    other_model_bytes: int = 0,
+    *,
+    epochs: float = 0,
 ) -> DiskNeed:
-    """Bytes the run will write: caches to come, checkpoints kept, and the exported pipeline."""
+    """Bytes the run will write: caches to come, the most checkpoints there are at a time, and the exported pipeline."""
     parameters = facts.parameters
-    every, limit = config.train.checkpoint_step_interval, config.train.checkpoints_total_limit
-    written = max(1, steps // every + bool(steps % every)) if every else 1
-    kept = min(written, limit) if limit else written
+    kept = most_at_once(keeping_of(config), saved_at(config), steps, epochs)
     weights = 2 if config.model.weights_dtype == "bf16" else 4
     return DiskNeed(
         caches_bytes=sum(cache.bytes_to_make for cache in caches),
@@ -545,6 +565,7 @@ def plan_lines(plan: Plan, ledger: Ledger) -> list[str]:
     lines += [f"Held-out: {line}" for line in evaluation_lines(plan)]
     lines += [f"Time: {line}" for line in time_lines(plan)]
     lines += [f"Memory: {line}" if number == 0 else line for number, line in enumerate(memory_lines(plan))]
+    lines.append(f"Checkpoints: {saving_line(plan)}")
     return [*lines, f"Disk: {disk_line(plan)}"]
 
 
@@ -601,6 +622,18 @@ def schedule_lines(plan: Plan) -> list[str]:
             f"{shown.micro_batches_per_epoch} micro-batches: {', '.join(shown.datasets)}"
         )
     return lines
+
+
+def saving_line(plan: Plan) -> str:
+    """When checkpoints are written, which stay, and whether training waits meanwhile."""
+    every, saving = plan.save_every, plan.saving
+    times = [f"every {every.steps} steps"] * bool(every.steps)
+    times += [f"every {every.epochs:g} epochs" if every.epochs != 1 else "after every epoch"] * bool(every.epochs)
+    how = "written in the background" if saving.background else "training waits while they are written"
+    return (
+        f"{', '.join([*times, 'at the end'])}: {human_bytes(saving.checkpoint_bytes)} each; kept: "
+        f"{saving.keeping.words}; {how}{f' ({saving.why})' * bool(saving.why)}"
+    )
 
 
 def disk_line(plan: Plan) -> str:

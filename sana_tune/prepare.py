@@ -31,7 +31,7 @@ from sana_tune.data.records import Keys, Record
 from sana_tune.data.stores import open_stores
 from sana_tune.data.survey import Report, Survey, survey
 from sana_tune.errors import Problem, UserError, gather
-from sana_tune.hardware import Device, device_for, gpus, no_fp16_on_cpu
+from sana_tune.hardware import Device, device_for, free_ram_bytes, gpus, no_fp16_on_cpu
 from sana_tune.log import log
 from sana_tune.memory import (
     Load,
@@ -67,7 +67,7 @@ from sana_tune.prompts import Prompt, drawing_lines, prompts_of
 from sana_tune.roles import dataset_plans, evaluation_of, held_out_copies, learns_from_base, priced, timeline_for
 from sana_tune.share import kept_batch
 from sana_tune.store import FolderStore, Store
-from sana_tune.train.folders import Checkpoint, check_identity, find, folder_name, read
+from sana_tune.train.folders import Checkpoint, check_identity, find, folder_name, list_complete, read
 from sana_tune.watch.metrics import last_lines
 
 LOOKING_TOLD_EVERY_S = 20.0
@@ -451,6 +451,7 @@ def run_plan(
         datasets=dataset_plans(loaded),
         timeline=timeline_for(loaded, buckets),
         learns_from_base=learns_from_base(config, buckets),
+        main_memory_bytes=free_ram_bytes(),
     )
     drawn = drawing_lines(config, prompts, drawing_sizes(config, facts))
     held = evaluation_of(loaded, buckets)
@@ -690,9 +691,13 @@ def tell_caches(prepared: Prepared) -> None:
 
 def no_room(output: Output, plan: Plan) -> Problem | None:
     """What is wrong when the disk is too small for what is still to be written."""
-    if plan.disk_needed_bytes <= plan.disk_free_bytes or not plan.steps_left:
+    needed = plan.disk_needed_bytes
+    if plan.first_step:  # checkpoints that are there make room for those that come
+        there = sum(each.size_bytes for each in list_complete(output.root))
+        needed -= min(there, plan.disk.checkpoints_bytes)
+    if needed <= plan.disk_free_bytes or not plan.steps_left:
         return None
-    what = f"the run writes about {plan.disk_needed_bytes / 1e9:.1f} GB; {plan.disk_free_bytes / 1e9:.1f} GB are free"
+    what = f"the run writes about {needed / 1e9:.1f} GB; {plan.disk_free_bytes / 1e9:.1f} GB are free"
     return Problem(str(output.root), what, "make room, or lower checkpoints_total_limit")
 
 

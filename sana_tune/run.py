@@ -59,6 +59,7 @@ from sana_tune.reporting import keepers, show_first_batches, write_down_surround
 from sana_tune.roles import is_regularised, learns_from_base, windows
 from sana_tune.room import out_of_memory, rehearsal_of
 from sana_tune.train.crew import ALONE, Crew
+from sana_tune.train.room import Room
 from sana_tune.train.signals import LeaveNow, Stop
 from sana_tune.watch.card import Seen
 from sana_tune.watch.events import Failed
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from sana_tune.data.order import Order
     from sana_tune.model.flow import Objective
     from sana_tune.model.rollout import Rollout
+    from sana_tune.train.checkpoint import Checkpoints
     from sana_tune.train.ema import Ema, NoEma
     from sana_tune.train.release import Release
     from sana_tune.train.scale import LossScale, NoLossScale
@@ -298,7 +300,6 @@ def train(
     prepared: Prepared, caches: Caches, accelerator: Accelerator, watcher: Watcher, stop: Stop, crew: Crew = ALONE
 ) -> Progress:
     """Build the parts and run the loop."""
-    from sana_tune.train.checkpoint import Checkpoints
     from sana_tune.train.loop import fit
 
     config = prepared.config
@@ -313,7 +314,7 @@ def train(
                 parts,
                 supply.steps(batches_of(prepared, caches, supply.reading, supply.records, crew.rank)),
                 validator,
-                Checkpoints(prepared.output.root, config.train.checkpoints_total_limit, identity_of(config)),
+                checkpoints_of(prepared),
                 watcher,
                 stop,
                 resume=prepared.checkpoint,
@@ -325,6 +326,20 @@ def train(
         finally:  # the last word: a line of hours ago is read by nobody
             for notice in validator.lost():
                 watcher.emit(notice)
+
+
+def checkpoints_of(prepared: Prepared) -> Checkpoints:
+    """Where the run saves to, how, and what stays."""
+    from sana_tune.train.checkpoint import Checkpoints
+
+    config, saving = prepared.config, prepared.plan.saving
+    return Checkpoints(
+        prepared.output.root,
+        saving.keeping,
+        identity_of(config),
+        background=saving.background,
+        room=Room(config.train.disk_low_threshold, config.train.disk_low_action, config.train.disk_low_script),
+    )
 
 
 def batches_of(

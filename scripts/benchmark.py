@@ -173,6 +173,7 @@ def measure_steps(loaded: Loaded, asked: argparse.Namespace) -> Alternating:
     from sana_tune.log import console
     from sana_tune.output import Output
     from sana_tune.prepare import identity_of, prepare
+    from sana_tune.saving import Keeping
     from sana_tune.train.checkpoint import Checkpoints
     from sana_tune.train.device import make_accelerator
     from sana_tune.train.loop import fit
@@ -190,7 +191,7 @@ def measure_steps(loaded: Loaded, asked: argparse.Namespace) -> Alternating:
         bare = bare_loop(prepared, caches, accelerator.device, asked)
         batches = Alternating(run.batches_of(prepared, caches, caches), asked.block, bare, wait)
         parts = run.build_parts(prepared, accelerator)
-        checkpoints = Checkpoints(output.root, 1, identity_of(loaded.config))
+        checkpoints = Checkpoints(output.root, Keeping(1), identity_of(loaded.config))
         fit(prepared.plan, parts, batches, NoValidator(), checkpoints, watcher, Stop())
     del batches.ours[0], batches.theirs[0], batches.waited[0]
     return batches

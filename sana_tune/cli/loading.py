@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sana_tune.config.arguments import parse_overrides
 from sana_tune.config.env_file import settings_of
 from sana_tune.config.files import find_config, read_environment_files
 from sana_tune.config.launching import FALLBACKS, VARIABLES
 from sana_tune.config.legacy import known_foreign_keys
-from sana_tune.config.load import Loaded, load
-from sana_tune.config.schema import section_of
+from sana_tune.config.load import Loaded, load, load_settings
+from sana_tune.config.schema import Config, section_of
 
 
 def load_asked(
@@ -22,6 +23,22 @@ def load_asked(
 
     The variables of config.env join this process's environment first. Raises UserError with all problems.
     """
+    path, overrides, notes = _found(words, config, env, example)
+    return load(path, overrides), notes
+
+
+def settings_asked(
+    words: Sequence[str], config: str | None = None, env: str | None = None, example: str | None = None
+) -> Config:
+    """The same settings for what needs no dataset. Raises UserError with all problems."""
+    path, overrides, _ = _found(words, config, env, example)
+    return load_settings(path, overrides)
+
+
+def _found(
+    words: Sequence[str], config: str | None, env: str | None, example: str | None
+) -> tuple[Path | None, dict[str, Any], tuple[str, ...]]:
+    """The config's path, what is laid over it, and notes."""
     overrides = parse_overrides(words)
     env, example = overrides.pop("env", env), overrides.pop("example", example)
     variables = read_environment_files(env, os.environ, Path.cwd())
@@ -29,7 +46,7 @@ def load_asked(
     path, notes = find_config(config, env, example, os.environ, Path.cwd())
     if path is not None and path.suffix != ".env":
         notes = (*notes, *_idle(variables))
-    return load(path, overrides), notes
+    return path, overrides, notes
 
 
 def _idle(variables: dict[str, str]) -> list[str]:

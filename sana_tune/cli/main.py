@@ -25,6 +25,11 @@ cache = typer.Typer(
     help="Fill, look over, verify and clear the caches of a run. Takes what train takes, --key value too.",
 )  # fmt: skip
 app.add_typer(cache, name="cache")
+checkpoints = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None,
+    help="List and verify the checkpoints of a run: of a folder DIR, or of the run that a config names.",
+)  # fmt: skip
+app.add_typer(checkpoints, name="checkpoint")
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -285,6 +290,53 @@ def generate(
         "validation_negative_prompt": negative, "validation_resolution": resolution, "num_validation_images": images,
     }  # fmt: skip
     generate_asked(context.args, config, env, example, checkpoint, ema=ema, output=output, flags=flags)
+
+
+@app.command(context_settings=PASS_THROUGH)
+def export(
+    context: typer.Context,
+    config: Config = None,
+    env: Env = None,
+    example: Example = None,
+    checkpoint: Stored = "latest",
+    output: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the pipeline, to be made.")] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="The averaged weights in place of the raw ones.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="For adapters, which are not built yet.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a pipeline that is there.")] = False,
+) -> None:
+    """Write a checkpoint as a complete pipeline for diffusers. The datasets need not be there.
+
+    Without --config, --env or --example, a checkpoint's path is enough: its run's own config.json is beside it.
+    """
+    from sana_tune.cli.export import export_asked
+
+    how = {"ema": ema, "merge": merge, "overwrite": overwrite}
+    export_asked(context.args, config, env, example, checkpoint, output, **how)
+
+
+Where = Annotated[list[str] | None, typer.Argument(metavar="[DIR | --key value ...]", help="Folder of a run.")]
+
+
+@checkpoints.command("list", context_settings={"ignore_unknown_options": True})
+def checkpoint_list(
+    words: Where = None, config: Config = None, env: Env = None, example: Example = None, json: Json = False
+) -> None:
+    """Step, epoch, date, size and content of each checkpoint, and why it is kept. Incomplete ones are named."""
+    from sana_tune.cli import checkpoint as told
+
+    with told.interruptible():
+        told.tell_list(words or (), config, env, example, json)
+
+
+@checkpoints.command("verify", context_settings={"ignore_unknown_options": True})
+def checkpoint_verify(
+    words: Where = None, config: Config = None, env: Env = None, example: Example = None, json: Json = False
+) -> None:
+    """Read the checkpoints whole and compare every checksum; exit code 1 when anything is wrong."""
+    from sana_tune.cli import checkpoint as told
+
+    with told.interruptible():
+        raise typer.Exit(told.tell_verified(words or (), config, env, example, json))
 
 
 @app.command()

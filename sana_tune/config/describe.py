@@ -52,6 +52,7 @@ from sana_tune.config.schema import (
 from sana_tune.config.values import (
     parse_aspect_buckets,
     parse_colour,
+    parse_disk_size,
     parse_ids,
     parse_instruction,
     parse_levels,
@@ -86,6 +87,7 @@ READ_BY: Mapping[Any, str] = {
     parse_aspect_buckets: "list of numbers or of {aspect, weight}",
     **sources.READERS,
     parse_colour: "colour",
+    parse_disk_size: "bytes, size or share",
     parse_caption_shuffle: "object",
     parse_caption_filters: "list of filters, or a file",
     parse_trackers: "names",

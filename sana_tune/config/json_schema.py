@@ -25,6 +25,7 @@ from sana_tune.config.values import (
     WIDEST,
     parse_aspect_buckets,
     parse_colour,
+    parse_disk_size,
     parse_ids,
     parse_instruction,
     parse_levels,
@@ -249,6 +250,8 @@ def _ways(key: str, info: FieldInfo, member: Any) -> list[Schema]:
     if member is parse_webhooks:
         one = [_block(WEBHOOK_KEYS, ["webhook_type"])]
         return [*one, {"enum": [{}]}, {"type": "array", "items": one[0]}, {"type": "string"}]
+    if member is parse_disk_size:
+        return [{"type": "number", "minimum": 0}, {"type": "string"}]
     if member is parse_table:
         return [_block(TABLE_KEYS, ["path"])]
     if member is parse_hub:

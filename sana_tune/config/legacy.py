@@ -30,7 +30,6 @@ OFF: tuple[Any, ...] = (None, "", False, "false", "False", "none", "None", "no",
 # Not built yet, and it changes what is trained: refused unless off. The values beside a key also mean "off".
 LATER_TRAINING: dict[str, tuple[Any, ...]] = {
     "base_model_precision": (),
-    "checkpoint_epoch_interval": (),
     "fuse_optimizer": (),
     "gradient_precision": ("unmodified",),
     "init_lokr_norm": (),
@@ -55,15 +54,11 @@ LATER_TRAINING: dict[str, tuple[Any, ...]] = {
 
 # Not built yet, and it only adds output or saves memory while caching: accepted with a loud note.
 LATER_OUTPUT: dict[str, tuple[Any, ...]] = {
-    "disk_low_threshold": (),
     "save_text_encoder": (),
     "strict_epoch_limit": (),
     "text_encoder_1_precision": (),
     "vae_enable_slicing": (),
     "vae_enable_tiling": (),
-    "checkpointing_rolling_steps": (),
-    "disk_low_action": ("stop",),
-    "disk_low_script": (),
     "enable_watermark": (),
 }
 
@@ -107,7 +102,6 @@ NO_EFFECT: dict[str, str] = {
     "aspect_ratio_bucket_max": "buckets follow from the pictures",
     "aspect_ratio_bucket_min": "buckets follow from the pictures",
     "checkpointing_use_tempdir": "checkpoints are always written aside and renamed",
-    "checkpoints_rolling_total_limit": "it belongs to checkpointing_rolling_steps, which is not built yet",
     "conditioning_multidataset_sampling": "there is one conditioning set at most",
     "debug_aspect_buckets": "the plan shows the buckets, log.txt the details",
     "debug_dataset_loader": "log.txt holds the details",

@@ -23,7 +23,7 @@ from sana_tune.config.rules import check_rules
 from sana_tune.config.schema import Config
 from sana_tune.errors import UserError
 
-__all__ = ["Loaded", "load", "parse_overrides"]
+__all__ = ["Loaded", "load", "load_settings", "parse_overrides"]
 
 
 @dataclass(frozen=True)
@@ -80,3 +80,16 @@ def load(path: Path | None, overrides: Mapping[str, Any], environ: Mapping[str, 
         datasets.masks,
         datasets.texts,
     )
+
+
+def load_settings(path: Path | None, overrides: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Config:
+    """The settings as `load` reads them, for what needs no dataset: those need not be there.
+
+    Raises UserError with all problems of the settings themselves.
+    """
+    findings = Findings()
+    flat = flatten(path, overrides, os.environ if environ is None else environ, findings)
+    config = build_config(flat, findings)
+    if findings.problems or config is None:
+        raise UserError(*dict.fromkeys(findings.problems))
+    return config

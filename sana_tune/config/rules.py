@@ -12,6 +12,7 @@ from sana_tune.config.datasets import ConditioningDataset, EvalDataset, ImageDat
 from sana_tune.config.evaluation_rules import known_eval_datasets, unused_evaluation_settings
 from sana_tune.config.launch_rules import LAUNCH_RULES
 from sana_tune.config.optimizers import keeps_bf16, options_of, stuck_share
+from sana_tune.config.saving_rules import kept_ones_are_saved, script_is_named, unused_saving_settings
 from sana_tune.config.schema import Config
 from sana_tune.config.source_rules import SOURCE_RULES, unused_source_settings
 from sana_tune.config.validation_rules import VALIDATION_RULES, preview_notes, unused_validation_settings
@@ -541,6 +542,8 @@ CONFIG_RULES: tuple[Callable[[Config], Problem | None], ...] = (
     end_below_start,
     one_distribution,
     one_weighting,
+    script_is_named,
+    kept_ones_are_saved,
     *VALIDATION_RULES,
     scripts_name_settings,
     *LAUNCH_RULES,
@@ -574,4 +577,5 @@ def check_rules(
             f"(datasets {', '.join(inert)}): pictures are resized once to their bucket"
         )
     notes += unused_roles(config, datasets, masks) + unused_evaluation_settings(config, datasets)
+    notes += unused_saving_settings(config, datasets)
     return problems

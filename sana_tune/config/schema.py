@@ -35,6 +35,7 @@ from sana_tune.config.values import (
     Resolution,
     named,
     parse_colour,
+    parse_disk_size,
     parse_ids,
     parse_instruction,
     parse_levels,
@@ -85,6 +86,7 @@ Ids = Annotated[str, BeforeValidator(parse_ids)]
 Split = Annotated[float, AfterValidator(whole_or_share)]
 Instruction = Annotated[str, BeforeValidator(parse_instruction)]
 Colour = Annotated[str, BeforeValidator(parse_colour)]
+DiskSize = Annotated[str, BeforeValidator(parse_disk_size)]
 
 
 class ModelConfig(Section):
@@ -302,7 +304,31 @@ class TrainConfig(Section):
     gradient_accumulation_steps: int = setting(1, "micro-batches per optimizer step", unit="micro-batches", ge=1)
     seed: int = setting(0, "seed of everything random", ge=0)
     checkpoint_step_interval: int = setting(500, "steps between checkpoints; 0 = only the last", unit="steps", ge=0)
-    checkpoints_total_limit: int = setting(5, "checkpoints kept; 0 = all", unit="checkpoints", ge=0)
+    checkpoint_epoch_interval: int = setting(
+        0, "save at the end of every so many epochs, too; 0 = not", unit="epochs", ge=0
+    )
+    checkpoints_total_limit: int = setting(5, "newest checkpoints kept; 0 = all", unit="checkpoints", ge=0)
+    checkpoints_keep_every: int = setting(
+        0, "checkpoints at multiples of so many steps are never removed; 0 = none", unit="steps", ge=0
+    )
+    checkpoints_keep_best: int = setting(
+        0, "so many checkpoints of the lowest held-out loss are not removed; 0 = none", unit="checkpoints", ge=0
+    )
+    checkpointing_rolling_steps: int = setting(
+        0, "steps between further checkpoints, against crashes, that soon go again; 0 = none", unit="steps", ge=0
+    )
+    checkpoints_rolling_total_limit: int = setting(1, "rolling checkpoints kept", unit="checkpoints", ge=1)
+    checkpoint_writing: Literal["auto", "background", "wait"] = setting(
+        "auto", "background: written from a copy in main memory while training goes on; wait: training waits; "
+        "auto: in the background where the copy fits"
+    )  # fmt: skip
+    disk_low_threshold: DiskSize | None = setting(
+        None, "disk space to be free before a checkpoint is written: bytes, 20 GB or 5%; unset = its size"
+    )
+    disk_low_action: Literal["wait", "stop", "script"] = setting(
+        "wait", "when less is free: wait until there is room, stop, or call disk_low_script and wait"
+    )
+    disk_low_script: str | None = setting(None, "disk_low_action script: the command that makes room")
     resume_from_checkpoint: str | None = setting("latest", 'checkpoint to go on from: latest, a path, or "" for none')
     report: bool = setting(
         True, "write report.html into output_dir while training, and show in it the first pictures that are trained"

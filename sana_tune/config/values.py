@@ -234,6 +234,36 @@ def whole_or_share(value: float) -> float:
     return value
 
 
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_DISK_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:(%)|([kmgt]?)(i?)b?)\s*", re.IGNORECASE)
+
+
+def parse_disk_size(value: Any) -> Any:
+    """Read bytes, "20 GB", "500M", "1.5 TiB" or "5%" as such a text. An empty value and "none" are none. ValueError."""
+    if value is None or value == "" or str(value).lower() == "none":
+        return None
+    match = None if isinstance(value, bool) else _DISK_SIZE.fullmatch(str(value))
+    if match is None:
+        raise ValueError(
+            f"must be bytes, a size such as 20 GB, or a share of the disk such as 5%; found {_shown(value)}"
+        )
+    if match[2] and float(match[1]) >= 100:
+        raise ValueError(f"a share of the disk must be below 100%; found {_shown(value)}")
+    return str(value).strip()
+
+
+def disk_bytes(text: str, disk_total_bytes: int) -> int:
+    """The bytes of a size that `parse_disk_size` let pass. A share is one of the whole disk."""
+    match = _DISK_SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"no size: {text!r}")
+    number, letter = float(match[1]), match[3] or ""
+    if match[2]:
+        return round(number / 100 * disk_total_bytes)
+    unit = _UNITS[letter.lower()]
+    return round(number * (1024 ** "_kmgt".index(letter.lower()) if match[4] and letter else unit))
+
+
 def parse_instruction(value: Any) -> Any:
     """The complex human instruction: a text, a list of lines, a JSON list as text, or the path of a text file."""
     if isinstance(value, (list, tuple)):

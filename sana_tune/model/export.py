@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sana_tune.errors import Problem, UserError
@@ -52,7 +53,7 @@ def export_pipeline(
             _replace(staged, out)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
         raise UserError(
             Problem(str(out), f"the pipeline cannot be written: {error}", "make room there or name another folder")
         ) from error

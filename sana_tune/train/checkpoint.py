@@ -6,70 +6,124 @@ checkpoint-<step>/  transformer/{config.json, diffusion_pytorch_model.safetensor
 
 from __future__ import annotations
 
-import json
 import shutil
+import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from sana_tune.errors import Problem, UserError
 from sana_tune.log import log
-from sana_tune.progress import Progress
-from sana_tune.store import sync_folder
+from sana_tune.plan import human_bytes
+from sana_tune.progress import Every, Progress, due
+from sana_tune.saving import Keeping, Stand, reasons
 from sana_tune.train import folders
 from sana_tune.train.folders import FRESH, Checkpoint
-from sana_tune.train.optim import load_optimizer_state
-from sana_tune.train.sharding import gathered, is_sharded, put
-from sana_tune.train.step import Parts
-from sana_tune.watch.events import Saved
+from sana_tune.train.judged import Judged, stands_of
+from sana_tune.train.room import Lack, Room, call_script, is_full, slices
+from sana_tune.train.sharding import put
+from sana_tune.train.snapshot import Memory, Snapshot, snapshot
+from sana_tune.train.states import load_full_state, names_of
+from sana_tune.train.step import Parts, summed
+from sana_tune.train.writing import OPTIMIZER, WEIGHTS, Writing
+from sana_tune.watch.events import Event, Noticed, Saved
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-OPTIMIZER = "optimizer.pt"
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class _Verdict(IntEnum):
+    """What the main process says, to all processes."""
+
+    GO = 0  # there is room; or nothing is in flight any more
+    WAIT = 1
+    LEAVE = 2  # the run was asked to stop meanwhile
+    END = 3
+    AGAIN = 4  # the disk was full: write it once more
 
 
 @dataclass(frozen=True)
-class State:
-    """What of the parts is written, every tensor whole."""
+class _Flight:
+    """A checkpoint that is being written by a thread, or was just now. began_s: when the saving began."""
 
-    weights: Mapping[str, Tensor]
-    average: Mapping[str, Tensor]
-    optimizer: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, parts: Parts) -> State:
-        """Collective where the tensors are split over processes; elsewhere they are the parts' own, not copies."""
-        states = (parts.bare.state_dict(), parts.ema.state_dict(), parts.optimizer.state_dict())
-        return cls(*(gathered(state) for state in states))
+    snapshot: Snapshot
+    rolling: bool
+    began_s: float
+    future: Future[Saved] = field(default_factory=Future)
+    abandoned: threading.Event = field(default_factory=threading.Event)
 
 
 class Checkpoints:
-    """Saves to and restores from one output folder.
+    """Saves to and restores from one output folder. One checkpoint at most is being written at a time.
 
-    limit:    checkpoints kept, 0 = all. While one is written there may be one more.
+    keeping:  which checkpoints stay; None = all.
     identity: what the run is (model, what is trained, optimizer …), plain values; a checkpoint with another
               identity is refused.
+    background: whether a copy is written while training goes on; else `save` waits until it is done.
+    room:     what must be free on the disk, and what to do otherwise.
+    Every process calls the same methods in the same order; the main one alone writes. Events go to the `emit` of
+    `telling`, on the thread that trains.
     """
 
-    def __init__(self, output_dir: Path, limit: int = 0, identity: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        output_dir: Path,
+        keeping: Keeping | None = None,
+        identity: Mapping[str, Any] | None = None,
+        *,
+        background: bool = False,
+        room: Room | None = None,
+    ):
         self.output_dir = output_dir
-        self.limit = limit
+        self.keeping = keeping or Keeping()
         self.identity = dict(identity or {})
-        self._held_step: int | None = None
+        self.background = background
+        self.room = room or Room()
+        self._judged = Judged(output_dir)
+        self._accelerator: Accelerator | None = None
+        self._memory: Memory | None = None
+        self._flight: _Flight | None = None
+        self._failure: UserError | None = None
+        self._held_step: int | None = None  # saved or restored last, whole
+        self._asked_step: int | None = None  # the same, or still on its way
+        self._left = False
         self._verified: set[tuple[Path, int]] = set()
+        self._emit: Callable[[Event], None] = lambda event: None
+        self._stopping: Callable[[], bool] = lambda: False
+
+    @contextmanager
+    def telling(self, emit: Callable[[Event], None], stopping: Callable[[], bool]) -> Iterator[None]:
+        """In here events are told, and a wait for room ends when `stopping`.
+
+        What is in flight at the end is waited for; where the run is left at once (a KeyboardInterrupt) it is given up.
+        """
+        self._emit, self._stopping = emit, stopping
+        try:
+            yield
+            self._settle()
+        except KeyboardInterrupt:
+            self._abandon()
+            raise
+        finally:
+            self._last_words()
 
     def restore(self, parts: Parts, checkpoint: Checkpoint | None) -> Progress:
         """Put a checkpoint's state into the parts; without one, the run starts. Leftovers of killed runs go.
 
         Raises UserError when the checkpoint is damaged or of another run, telling the difference.
         """
-        if parts.accelerator.is_main_process:
+        self._accelerator = parts.accelerator
+        self._settle()
+        if self._is_main:
             folders.clean(self.output_dir)
             if checkpoint is not None:
                 folders.verify(checkpoint)
@@ -81,89 +135,256 @@ class Checkpoints:
         _load_ema(parts, checkpoint)
         _load_optimizer(parts, checkpoint)
         progress = checkpoint.progress()
-        self._held_step = progress.step
+        self._held_step = self._asked_step = progress.step
         self._verified.add((checkpoint.path, checkpoint.serial))
+        if self._is_main:
+            self._judged.forget_after(progress.step)
         return progress
 
-    def save(self, parts: Parts, progress: Progress) -> Saved:
-        """Write checkpoint-<step>, and keep to the limit. Raises UserError when the disk does not take it."""
-        started = time.perf_counter()
-        path = self.output_dir / folders.folder_name(progress.step)
-        removed: list[str] = []
-        state = State.of(parts) if is_sharded(parts.bare) else None  # all processes gather what is split
-        if parts.accelerator.is_main_process:
-            try:
-                removed = self._save(parts, progress, path, state)
-            except (OSError, SafetensorError) as error:
-                what = f"the checkpoint could not be written: {error}"
-                fix = "make room or check the disk; started again, the run goes on from its newest checkpoint"
-                raise UserError(Problem(str(path), what, fix)) from error
-        parts.accelerator.wait_for_everyone()
-        self._held_step = progress.step
-        return Saved(progress, str(path), time.perf_counter() - started, tuple(removed))
+    def save(self, parts: Parts, progress: Progress, *, rolling: bool = False) -> None:
+        """Write checkpoint-<step>; in the background once it is copied. Waits for one before it, and for room.
+
+        Raises UserError when the disk does not take it, or did not take the one before.
+        """
+        self._accelerator = parts.accelerator
+        self._settle()
+        began_s = time.perf_counter()
+        if self.background and self._memory is None:
+            self._memory = Memory(pinned=parts.accelerator.device.type == "cuda")
+        taken = snapshot(parts, progress, self._memory if self._is_main else None)
+        self._asked_step = progress.step
+        self._begin(_Flight(taken, rolling, began_s))
+        if not self.background:
+            self._settle()
+
+    def save_due(
+        self, every: Every, parts: Parts, progress: Progress, epoch_after: Callable[[int], float] | None = None
+    ) -> None:
+        """Save where a checkpoint is due right after `progress`, an ordinary or a rolling one (`due`)."""
+        if due(every, progress, epoch_after):
+            self.save(parts, progress)
+        elif due(Every(self.keeping.rolling_every), progress):
+            self.save(parts, progress, rolling=True)
+
+    def poll(self) -> None:
+        """To be called now and then: tells of a checkpoint that is complete, and sees to one that failed."""
+        if self._flight is None or not self._flight.future.done():
+            return
+        if self._alone:
+            self._settle()
+        elif self._flight.future.exception() is None:
+            self._landed()  # what failed is seen to at the next save, to which all processes come
+
+    def finish(self, parts: Parts, progress: Progress) -> bool:
+        """Save what is not saved yet and wait until it is complete. Whether it is: a stop ends the wait for room."""
+        if progress.step and progress.step != self._asked_step:
+            self.save(parts, progress)
+        self._settle()
+        return not self._left
 
     def held(self) -> Checkpoint | None:
-        """The checkpoint that this run saved or restored last; None before the first."""
+        """The checkpoint that this run saved or restored last, complete; None before the first."""
+        self._settle()
         return None if self._held_step is None else folders.read(self.output_dir / folders.folder_name(self._held_step))
 
-    def save_if_newer(self, parts: Parts, progress: Progress) -> Saved | None:
-        """Save unless this very step was just saved or restored, or nothing was trained yet."""
-        if progress.step == 0 or progress.step == self._held_step:
-            return None
-        return self.save(parts, progress)
+    def judge(self, progress: Progress, loss: float) -> None:
+        """Note the held-out loss of the weights at a step: checkpoints_keep_best goes by it."""
+        if self._is_main:
+            self._judged.add(progress.step, loss)
 
-    def _save(self, parts: Parts, progress: Progress, path: Path, state: State | None) -> list[str]:
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        removed = self._prune(room_for=1)
-        staged = folders.aside(self.output_dir, progress.step, "tmp")
+    # ---- one write: begun, waited for, told ----
+
+    @property
+    def _is_main(self) -> bool:
+        return self._accelerator is None or self._accelerator.is_main_process
+
+    @property
+    def _alone(self) -> bool:
+        return self._accelerator is None or self._accelerator.num_processes == 1
+
+    def _agreed(self, verdict: _Verdict) -> _Verdict:
+        """The main process's verdict, in all of them."""
+        if self._accelerator is None or self._alone:
+            return verdict
+        flag = torch.tensor(float(verdict if self._is_main else 0), device=self._accelerator.device)
+        return _Verdict(int(summed(self._accelerator, flag).item()))
+
+    def _begin(self, flight: _Flight, failed: bool = False) -> None:
+        """Have it written as soon as there is room; not at all when the run is to stop meanwhile."""
+        if self._await_room(flight, failed) and self._is_main:
+            pool = ThreadPoolExecutor(1, "checkpoint")
+            future = pool.submit(self._write, flight)
+            pool.shutdown(wait=False)
+            self._flight = replace(flight, future=future)
+
+    def _settle(self) -> None:
+        """Wait for the write in flight and tell of it; one that found the disk full is done again when there is room.
+
+        Raises UserError when it failed otherwise.
+        """
+        while (verdict := self._agreed(self._landed())) == _Verdict.AGAIN:
+            flight, self._flight = self._flight, None
+            if flight is None:  # another process than the main one
+                flight = _Flight(Snapshot(Progress(), {}, {}, {}, {}), False, 0.0)
+            self._begin(flight, failed=True)
+        if verdict == _Verdict.END:
+            raise self._failure or UserError(Problem(str(self.output_dir), "the main process could not save", _ABOVE))
+
+    def _landed(self) -> _Verdict:
+        """What became of the write in flight, once it is over."""
+        flight = self._flight
+        if flight is None:
+            return _Verdict.GO
+        self._wait(flight)
+        error = flight.future.exception()
+        if is_full(error):
+            return _Verdict.AGAIN
+        self._flight = None
+        progress = flight.snapshot.progress
+        if error is None:
+            self._held_step = progress.step
+            self._emit(flight.future.result())
+            return _Verdict.GO
+        if not isinstance(error, OSError):
+            raise error
+        fix = "check the disk; started again, the run goes on from its newest checkpoint"
+        path = self.output_dir / folders.folder_name(progress.step)
+        return self._failing(Problem(str(path), f"the checkpoint could not be written: {error}", fix), error)
+
+    def _failing(self, problem: Problem, cause: BaseException | None = None) -> _Verdict:
+        """The run is to end with this problem."""
+        self._failure = UserError(problem)
+        self._failure.__cause__ = cause
+        return _Verdict.END
+
+    def _wait(self, flight: _Flight) -> None:
+        try:
+            wait([flight.future])
+        except KeyboardInterrupt:
+            self._abandon()
+            raise
+
+    def _abandon(self) -> None:
+        """Give up the write in flight; its thread removes what it wrote."""
+        if self._flight is not None:
+            self._flight.abandoned.set()
+            wait([self._flight.future])
+            self._flight = None
+
+    def _last_words(self) -> None:
+        """Where the run ends with an error: what it wrote last is finished, and nothing hides the error."""
+        flight = self._flight
+        if flight is not None and self._landed() != _Verdict.GO:
+            step, error = flight.snapshot.progress.step, flight.future.exception()
+            log.error("checkpoint-%d could not be written: %s", step, error)
+        self._flight = None
+
+    # ---- room on the disk ----
+
+    def _await_room(self, flight: _Flight, failed: bool = False) -> bool:
+        """Wait until the disk has room, and say so; False when the run is to stop meanwhile. failed: it was full just
+        now, whatever it tells of free space. Raises UserError where the run is to end instead."""
+        pause = _Pause()
+        while (verdict := self._agreed(self._room_verdict(flight, failed, pause))) == _Verdict.WAIT:
+            failed = False
+            for _ in slices(pause.wait_s):
+                if self._stopping():
+                    break
+        progress = flight.snapshot.progress
+        if verdict == _Verdict.END:
+            raise self._failure or UserError(Problem(str(self.output_dir), "the disk is too full", _ABOVE))
+        if verdict == _Verdict.LEAVE:
+            held = (
+                "there is no checkpoint yet" if self._held_step is None else f"the newest is of step {self._held_step}"
+            )
+            self._emit(Noticed(progress, f"Left without checkpoint-{progress.step}: {held}, and the run goes on there"))
+            self._left = True
+        elif pause.told_s is not None:
+            self._emit(Noticed(progress, f"There is room again: checkpoint-{progress.step} is written", "info"))
+        return verdict == _Verdict.GO
+
+    def _room_verdict(self, flight: _Flight, failed: bool, pause: _Pause) -> _Verdict:
+        """What the main process makes of the disk."""
+        if not self._is_main:
+            return _Verdict.GO  # counts as 0 in the sum
+        step, size = flight.snapshot.progress.step, flight.snapshot.size_bytes
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            lack = self.room.lack(self.output_dir, size + size // 100, self._freed_bytes(flight))
+        except OSError as error:
+            what = f"checkpoint-{step} cannot be written there: {error}"
+            return self._failing(Problem(str(self.output_dir), what, "bring the folder back and start again"), error)
+        pause.wait_s = self.room.look_s
+        if lack is None and failed:
+            lack, pause.wait_s = (
+                Lack(0, size, "the disk took no more, whatever it tells of free space"),
+                self.room.retry_s,
+            )
+        if lack is None:
+            return _Verdict.GO
+        free, needed = human_bytes(lack.free_bytes), human_bytes(lack.needed_bytes)
+        what = f"{free} are free, and checkpoint-{step} needs {needed} ({lack.why})"
+        if self.room.action == "stop":
+            fix = "make room; started again, the run goes on from its newest checkpoint (disk_low_action wait waits)"
+            return self._failing(Problem(str(self.output_dir), what, fix))
+        if pause.is_due(self.room.tell_s):
+            message = f"{self.output_dir}: {what}: training waits until there is room. Ctrl-C leaves without saving"
+            self._emit(Noticed(flight.snapshot.progress, message))
+        if self.room.action == "script" and self.room.script and not pause.called:
+            pause.called = True
+            failure = call_script(self.room.script, self.output_dir, lack, self._stopping)
+            if failure:
+                self._emit(Noticed(flight.snapshot.progress, f"disk_low_script {self.room.script}: {failure}"))
+        return _Verdict.LEAVE if self._stopping() else _Verdict.WAIT
+
+    def _freed_bytes(self, flight: _Flight) -> int:
+        """What goes before it is written; about, since nothing is read to see whether the newest is whole."""
+        complete = folders.list_complete(self.output_dir)
+        return sum(each.size_bytes for each in self._surplus(complete, flight) if each.path != complete[-1].path)
+
+    # ---- in the thread that writes ----
+
+    def _write(self, flight: _Flight) -> Saved:
+        """Prune, write aside, give it its name, prune. Raises OSError; Abandoned when it is wanted no more."""
+        step = flight.snapshot.progress.step
+        path = self.output_dir / folders.folder_name(step)
+        removed = self._prune(flight)
+        staged = folders.aside(self.output_dir, step, "tmp")
         staged.mkdir()
         try:
-            serial = self._write(parts, progress, staged, state)
-            folders.publish(staged, path, progress.step)
+            serial = 1 + max((each.serial for each in folders.list_complete(self.output_dir)), default=0)
+            manifest = {"step": step, "serial": serial, **({"rolling": True} if flight.rolling else {})}
+            Writing(staged, flight.abandoned).all_of(flight.snapshot, self.identity, manifest)
+            folders.publish(staged, path, step)
         except BaseException:
             shutil.rmtree(staged, ignore_errors=True)
             raise
         self._verified.add((path, serial))
-        return removed + self._prune(room_for=0)
+        removed += self._prune(None)
+        return Saved(flight.snapshot.progress, str(path), time.perf_counter() - flight.began_s, tuple(removed))
 
-    def _write(self, parts: Parts, progress: Progress, staged: Path, state: State | None) -> int:
-        """Write and sync everything of a checkpoint, the manifest last. Returns the serial."""
-        state = state or State.of(parts)
-        _write_model(parts, staged / "transformer", state.weights)
-        if state.average:
-            _write_model(parts, staged / "transformer_ema", state.average)
-        _write_optimizer(state.optimizer, staged / OPTIMIZER)
-        _write_json(staged / folders.PROGRESS, {**progress.to_json(), "run": self.identity})
-        names = sorted(str(each.relative_to(staged).as_posix()) for each in staged.rglob("*") if each.is_file())
-        for name in names:
-            folders.sync_file(staged / name)
+    def _prune(self, flight: _Flight | None) -> list[str]:
+        """Remove what need not stay beside the checkpoint in flight, but never the newest verified one."""
         complete = folders.list_complete(self.output_dir)
-        serial = 1 + max((each.serial for each in complete), default=0)
-        files = folders.digest_files(staged, names)
-        _write_json(staged / folders.MANIFEST, {"step": progress.step, "serial": serial, "files": files})
-        folders.sync_file(staged / folders.MANIFEST)
-        for folder in [each for each in staged.rglob("*") if each.is_dir()]:
-            sync_folder(folder)
-        sync_folder(staged)
-        return serial
-
-    def _prune(self, room_for: int) -> list[str]:
-        """Remove the oldest until the limit holds with `room_for` more, but never the newest verified one."""
-        if self.limit <= 0:
-            return []
-        complete = folders.list_complete(self.output_dir)
-        surplus = complete[: max(0, len(complete) + room_for - self.limit)]
+        surplus = self._surplus(complete, flight)
         if not surplus:
             return []
         keep = self._newest_verified(complete)
-        removed = []
-        for each in surplus:
-            if keep is None or each.path != keep.path:
-                folders.remove(each)
-                removed.append(str(each.path))
-        return removed
+        gone = [each for each in surplus if keep is None or each.path != keep.path]
+        for each in gone:
+            folders.remove(each)
+        return [str(each.path) for each in gone]
 
-    def _newest_verified(self, complete: list[Checkpoint]) -> Checkpoint | None:
+    def _surplus(self, complete: Sequence[Checkpoint], flight: _Flight | None) -> list[Checkpoint]:
+        """The checkpoints that no rule keeps, once the one in flight is there; one that it replaces is none of them."""
+        replaced = None if flight is None else flight.snapshot.progress.step
+        there = [each for each in complete if each.step != replaced]
+        stands = stands_of(there, self._judged.losses)
+        if flight is not None:
+            stands.append(Stand(flight.snapshot.progress.step, flight.rolling))
+        return [each for each, why in zip(there, reasons(stands, self.keeping), strict=False) if not why]
+
+    def _newest_verified(self, complete: Sequence[Checkpoint]) -> Checkpoint | None:
         """What this process wrote or verified counts; an older one is read once."""
         for each in reversed(complete):
             if (each.path, each.serial) in self._verified or not folders.damage(each):
@@ -172,24 +393,24 @@ class Checkpoints:
         return None
 
 
-def _write_model(parts: Parts, folder: Path, state: Mapping[str, Tensor]) -> None:
-    """A folder that diffusers' `from_pretrained` reads: config.json and one safetensors file."""
-    folder.mkdir()
-    # diffusers notes where the model came from: a path of this machine, which is nobody's business and differs by user
-    config = {key: value for key, value in json.loads(parts.bare.to_json_string()).items() if key != "_name_or_path"}
-    _write_json(folder / "config.json", config)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS, {"format": "pt"})
+_ABOVE = "the main process tells more"
 
 
-def _write_optimizer(state: Mapping[str, Any], path: Path) -> None:
-    try:
-        torch.save(state, path)
-    except RuntimeError as error:  # what torch's writer makes of a full disk
-        raise OSError(f"torch.save of {path.name} failed: {str(error).splitlines()[0]}") from error
+@dataclass
+class _Pause:
+    """What was said and done while there is no room."""
 
+    told_s: float | None = None
+    called: bool = False
+    wait_s: float = 1.0
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    def is_due(self, tell_s: float) -> bool:
+        """Whether it is to be said, for the first time or again."""
+        now = time.monotonic()
+        if self.told_s is not None and now < self.told_s + tell_s:
+            return False
+        self.told_s = now
+        return True
 
 
 @torch.no_grad()
@@ -228,6 +449,6 @@ def _load_optimizer(parts: Parts, checkpoint: Checkpoint) -> None:
     path = checkpoint.path / OPTIMIZER
     state = torch.load(path, map_location="cpu", weights_only=True)
     try:
-        load_optimizer_state(parts.optimizer, state)
+        load_full_state(parts.optimizer, names_of(parts.bare.named_parameters()), state)
     except (ValueError, KeyError) as error:
         raise UserError(Problem(str(path), f"it is of another optimizer: {error}", FRESH)) from error

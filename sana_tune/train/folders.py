@@ -38,12 +38,19 @@ class Checkpoint:
     serial: a count that each save in the output folder raises; the newest checkpoint has the highest. After going
             back to an earlier step it tells this course's checkpoints from the abandoned ones.
     files:  relative path → {"sha256": hex, "size": bytes}.
+    rolling: it was saved against crashes alone, and goes when a newer such one is there.
     """
 
     path: Path
     step: int
     serial: int
     files: dict[str, dict[str, Any]]
+    rolling: bool = False
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files but the manifest."""
+        return sum(entry["size"] for entry in self.files.values())
 
     def progress(self) -> Progress:
         """Where the run stood. Raises UserError when progress.json cannot be read."""
@@ -73,7 +80,8 @@ def read(path: Path) -> Checkpoint | None:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        found = Checkpoint(path, int(manifest["step"]), int(manifest["serial"]), dict(manifest["files"]))
+        step, serial, files = int(manifest["step"]), int(manifest["serial"]), dict(manifest["files"])
+        found = Checkpoint(path, step, serial, files, manifest.get("rolling") is True)
         whole = all((path / name).stat().st_size == entry["size"] for name, entry in found.files.items())
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -82,11 +90,12 @@ def read(path: Path) -> Checkpoint | None:
 
 def list_complete(output_dir: Path) -> list[Checkpoint]:
     """The complete checkpoints of an output folder, oldest save first. Hidden folders do not count."""
-    found = (read(path) for path in _named(output_dir))
+    found = (read(path) for path in named(output_dir))
     return sorted((each for each in found if each is not None), key=lambda each: (each.serial, each.step))
 
 
-def _named(output_dir: Path) -> list[Path]:
+def named(output_dir: Path) -> list[Path]:
+    """The folders that have a checkpoint's name, complete or not."""
     if not output_dir.is_dir():
         return []
     return sorted(path for path in output_dir.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
@@ -115,7 +124,7 @@ def find(output_dir: Path, wanted: str | None) -> Checkpoint | None:
 def _latest(output_dir: Path) -> Checkpoint | None:
     complete = list_complete(output_dir)
     whole = {each.path for each in complete}
-    for path in _named(output_dir):
+    for path in named(output_dir):
         if path not in whole:
             log.warning("%s is not complete and is passed over", path)
     if not complete:
@@ -135,24 +144,29 @@ def _unusable(path: Path, what: str, output_dir: Path) -> Problem:
 
 
 def digest_files(root: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of each file, several at a time."""
+    """Size and SHA-256 of each file, several at a time; of one that cannot be read nothing."""
     listed = list(names)
     with ThreadPoolExecutor(max_workers=4) as pool:
         return dict(zip(listed, pool.map(lambda name: _digest(root / name), listed), strict=True))
 
 
 def _digest(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": path.stat().st_size}
+    """The manifest's entry; empty for a file that cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": os.fstat(file.fileno()).st_size}
+    except OSError:
+        return {}
 
 
-def damage(checkpoint: Checkpoint) -> list[str]:
-    """The files whose content is not what the manifest says, or that cannot be read; empty = verified."""
-    missing = [name for name in checkpoint.files if not (checkpoint.path / name).is_file()]
-    if missing:
-        return missing
-    now = digest_files(checkpoint.path, checkpoint.files)
-    return [name for name, entry in checkpoint.files.items() if now[name] != entry]
+def damage(checkpoint: Checkpoint, part: str = "") -> list[str]:
+    """The files whose content is not what the manifest says, or that cannot be read; empty = verified.
+
+    part: how the names of the files begin that are looked at.
+    """
+    names = [name for name in checkpoint.files if name.startswith(part)]
+    now = digest_files(checkpoint.path, names)
+    return [name for name in names if now[name] != checkpoint.files[name]]
 
 
 def verify(checkpoint: Checkpoint) -> None:
@@ -229,9 +243,3 @@ def _alive(pid: int) -> bool:
     except OSError:
         return True
     return True
-
-
-def sync_file(path: Path) -> None:
-    """Have a written file on the disk itself."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())

@@ -14,11 +14,11 @@ from sana_tune.progress import Every, Progress, due
 from sana_tune.train.checkpoint import Checkpoints
 from sana_tune.train.device import MemoryMeter
 from sana_tune.train.diagnosis import diagnose, diagnosed
-from sana_tune.train.evaluate import Evaluator, NoEvaluator
+from sana_tune.train.evaluate import Evaluator, NoEvaluator, judged
 from sana_tune.train.folders import Checkpoint
 from sana_tune.train.signals import SIGNALS, Stop
 from sana_tune.train.step import Parts, StepResult, passed_over, summed, train_step
-from sana_tune.watch.events import Event, Finished, Noticed, Started, Stepped, Stopped, Validated
+from sana_tune.watch.events import Event, Finished, Measured, Noticed, Started, Stepped, Stopped, Validated
 from sana_tune.watch.sinks import Watcher
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def fit(
     progress, spoiled, patience = checkpoints.restore(parts, resume), Spoiled(max_bad_steps), Patience(max_bad_steps)
     rehearse(progress)
     watcher.emit(started(plan, progress, resume))
-    with stop.deferred():
+    with stop.deferred(), checkpoints.telling(watcher.emit, lambda: stop.requested):
         watcher.emit(validator.start(parts, progress))
         tell(watcher, evaluator.start(parts, progress))
         if stop_agreed(parts, stop):  # nothing was trained yet, so the next start draws these pictures again
@@ -104,14 +104,14 @@ def fit(
                     watcher.emit(started(plan, progress, held))
                     continue
                 patience.end_row(result)
+                checkpoints.poll()
                 do_what_is_due(plan, parts, progress, checkpoints, evaluator, validator, watcher)
                 if stop_agreed(parts, stop):
                     break
-        tell(watcher, checkpoints.save_if_newer(parts, progress))
-        if progress.step < plan.total_steps:
+        if not checkpoints.finish(parts, progress) or progress.step < plan.total_steps:
             watcher.emit(Stopped(progress, stop.reason, patience.skipped))
             raise stop.interrupted()
-        tell(watcher, evaluator.finish(parts, progress))
+        measure(evaluator.finish(parts, progress), progress, checkpoints, watcher)
         watcher.emit(validator.finish(parts, progress))
         watcher.emit(Finished(progress, export(progress), patience.skipped))
     if stop.requested:
@@ -129,11 +129,20 @@ def do_what_is_due(
     watcher: Watcher,
 ) -> None:
     """Save, measure and draw, where it is time for it; after the last step the end of the run does that."""
-    if due(plan.save_every, progress):
-        watcher.emit(checkpoints.save(parts, progress))
-    for look, every in ((evaluator, plan.evaluate_every), (validator, plan.validate_every)):
-        if due(every, progress, plan.epoch_after) and progress.step < plan.total_steps:
-            tell(watcher, look.run(parts, progress))
+    checkpoints.save_due(plan.save_every, parts, progress, plan.epoch_after)
+    if progress.step == plan.total_steps:
+        return
+    if due(plan.evaluate_every, progress, plan.epoch_after):
+        measure(evaluator.run(parts, progress), progress, checkpoints, watcher)
+    if due(plan.validate_every, progress, plan.epoch_after):
+        watcher.emit(validator.run(parts, progress))
+
+
+def measure(measured: Measured | None, progress: Progress, checkpoints: Checkpoints, watcher: Watcher) -> None:
+    """Tell what was measured; the held-out loss also to the checkpoints, of which the best may be kept."""
+    tell(watcher, measured)
+    if measured is not None and (loss := judged(measured)) is not None:
+        checkpoints.judge(progress, loss)
 
 
 def tell(watcher: Watcher, event: Event | None) -> None:

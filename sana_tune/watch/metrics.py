@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Sequence
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from sana_tune.store import write_atomically
 from sana_tune.watch.events import Stepped
@@ -91,30 +93,44 @@ def last_lines(path: Path, count: int) -> list[dict[str, Any]]:
 
 
 class Metrics:
-    """Appends lines to a metrics.jsonl and flushes each, so that a killed run keeps all it did."""
+    """Appends lines to a metrics.jsonl, each at once, so that a killed run keeps all it did.
+
+    What a full disk does not take is held back and written with a later line.
+    """
 
     def __init__(self, path: Path):
         self.path = path
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
+        self._waiting = b""
 
     def cut_back_to(self, step: int) -> None:
         """Drop the lines after `step`, and torn ones. A kill leaves the old file or the new one."""
         self.close()
+        self._waiting = b""
         if not self.path.exists():
             return
         kept = [line for line in read(self.path) if line["step"] <= step]
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode("utf-8"))
 
     def append(self, event: Stepped) -> None:
-        """Write one step's line. Raises OSError when the disk does not take it."""
+        """Write one step's line. Raises OSError when the disk does not take it for another reason than its size."""
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a", encoding="utf-8")
-        self._file.write(json.dumps(line_of(event)) + "\n")
-        self._file.flush()
+            self._file = open(self.path, "ab", buffering=0)
+        self._waiting += (json.dumps(line_of(event)) + "\n").encode("utf-8")
+        self._write(self._file)
+
+    def _write(self, file: FileIO) -> None:
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[file.write(self._waiting) :]
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
 
     def close(self) -> None:
         """Close the file; a later append opens it again."""
         if self._file is not None:
+            self._write(self._file)
             self._file.close()
             self._file = None

@@ -108,7 +108,9 @@ class Course:
 
     def loaded(self, **settings: Any) -> Loaded:
         places = {"cache_dir": str(self.cache)}
-        given = {"max_train_steps": STEPS, "checkpoint_step_interval": 3, "checkpoints_total_limit": 0}
+        # Waiting for what is written, so that it is known at which event it stands; test_saves.py does not wait.
+        given = {"max_train_steps": STEPS, "checkpoint_step_interval": 3, "checkpoints_total_limit": 0,
+                 "checkpoint_writing": "wait"}  # fmt: skip
         return small_run(self.folder, *self.datasets, **{**places, **given, **self.settings, **settings})
 
     def run(

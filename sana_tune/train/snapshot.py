@@ -1,0 +1,134 @@
+"""The state of a run at one moment, in main memory: what is written while training goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sana_tune.log import log
+from sana_tune.progress import Progress
+from sana_tune.train.states import full_state, names_of
+
+if TYPE_CHECKING:
+    from sana_tune.train.step import Parts
+
+PAGE_BYTES = 2**26
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that a checkpoint holds, as plain values and tensors by name.
+
+    config: of the transformer, as diffusers stores it. average: {} where none is kept. optimizer: as
+    `states.full_state` gives it.
+    """
+
+    progress: Progress
+    config: Mapping[str, Any]
+    weights: Mapping[str, Tensor]
+    average: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors; one that stands in several places counts once."""
+        found = {id(tensor): tensor for part in (self.weights, self.average, self.optimizer) for tensor in _in(part)}
+        return sum(tensor.nbytes for tensor in found.values())
+
+
+class Memory:
+    """Main memory for a snapshot, kept for the next one: fresh memory costs as much as the copying itself.
+
+    pinned: a GPU copies into it at full speed.
+    """
+
+    def __init__(self, pinned: bool = False):
+        self.pinned = pinned
+        self._pages: list[Tensor] = []
+        self._page, self._used = 0, 0
+
+    def reuse(self) -> None:
+        """Begin again: what was taken before is overwritten."""
+        self._page, self._used = 0, 0
+
+    def take(self, like: Tensor) -> Tensor:
+        """Memory for a tensor like this, strides too, with a storage of its own (torch.save writes whole ones)."""
+        if like.numel() == 0:
+            return torch.empty(like.shape, dtype=like.dtype)
+        size = like.numel() * like.element_size()
+        while self._page < len(self._pages) and self._used + size > self._pages[self._page].numel():
+            self._page, self._used = self._page + 1, 0
+        if self._page == len(self._pages):
+            self._pages.append(self._new(max(size, PAGE_BYTES)))
+        piece = self._pages[self._page].numpy()[self._used : self._used + size]
+        self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
+        strides = torch.empty_like(like, device="meta").stride()
+        return torch.from_numpy(piece).view(like.dtype).as_strided(like.shape, strides)
+
+    def _new(self, size: int) -> Tensor:
+        if self.pinned:
+            try:
+                return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError as error:
+                log.warning("no more memory can be pinned, so checkpoints are copied more slowly: %s", error)
+                self.pinned = False
+        return torch.empty(size, dtype=torch.uint8)
+
+
+def snapshot(parts: Parts, progress: Progress, memory: Memory | None = None) -> Snapshot:
+    """The state right now. The one place that knows where it lives.
+
+    memory: where it is copied to, so that the run may go on; None = the live tensors, which must not change until they
+    are written. Waits for the device.
+    """
+    bare = parts.bare
+    # diffusers notes where the model came from: a path of this machine, which is nobody's business and differs by user
+    config = {key: value for key, value in json.loads(bare.to_json_string()).items() if key != "_name_or_path"}
+    weights, average = bare.state_dict(), parts.ema.state_dict()
+    live = Snapshot(progress, config, weights, average, full_state(parts.optimizer, names_of(bare.named_parameters())))
+    if memory is None:
+        return live
+    memory.reuse()
+    copies: dict[int, Tensor] = {}  # a tensor that stands in several places is one there too
+    with torch.no_grad():
+        made = Snapshot(
+            progress,
+            config,
+            _copied(live.weights, memory, copies),
+            _copied(live.average, memory, copies),
+            _copied(live.optimizer, memory, copies),
+        )
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return made
+
+
+def _copied(value: Any, memory: Memory, copies: dict[int, Tensor]) -> Any:
+    """The same values with copies of all tensors."""
+    if isinstance(value, Tensor):
+        if id(value) not in copies:
+            copies[id(value)] = memory.take(value).copy_(value.detach(), non_blocking=True)
+        return copies[id(value)]
+    if isinstance(value, Mapping):
+        return {key: _copied(each, memory, copies) for key, each in value.items()}
+    if isinstance(value, list) or any(True for _ in _in(value)):
+        return type(value)(_copied(each, memory, copies) for each in value)
+    return value
+
+
+def _in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested mappings and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _in(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _in(each)

@@ -1,0 +1,72 @@
+"""The files of a checkpoint: hashed while written, as safetensors writes them, errors kept till the end."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import resource
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sana_tune.train.writing import CHUNK_BYTES, Abandoned, HashedFile, write_tensors
+
+
+def test_what_is_written_is_hashed(tmp_path: Path):
+    file = HashedFile(tmp_path / "f", threading.Event())
+    data = bytes(range(256)) * (CHUNK_BYTES // 256) + b"the end"
+    assert file.write(data) == len(data) and file.write(memoryview(b"more")) == 4
+    entry = file.close()
+    whole = (tmp_path / "f").read_bytes()
+    assert whole == data + b"more"
+    assert entry == {"sha256": hashlib.sha256(whole).hexdigest(), "size": len(whole)}
+
+
+def test_tensors_are_written_byte_for_byte_as_the_library_does(tmp_path: Path):
+    tensors = {
+        "b": torch.randn(3, 5), "a": torch.randn(2, 2, dtype=torch.bfloat16), "ä": torch.arange(4),
+        "t": torch.randn(4, 2).t().contiguous(), "none": torch.zeros(0, 3),
+        "one": torch.tensor(2.5, dtype=torch.float16), "yes": torch.tensor([True, False]),
+        "c": torch.arange(3, dtype=torch.int8),
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "theirs", {"format": "pt"})
+    file = HashedFile(tmp_path / "ours", threading.Event())
+    write_tensors(file, tensors)
+    file.close()
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert load_file(tmp_path / "ours").keys() == tensors.keys()
+
+
+def test_a_tensor_that_is_not_contiguous_is_written_in_order(tmp_path: Path):
+    tensor = torch.randn(4, 6).t()[::2]
+    file = HashedFile(tmp_path / "f", threading.Event())
+    write_tensors(file, {"x": tensor})
+    file.close()
+    assert torch.equal(load_file(tmp_path / "f")["x"], tensor)
+
+
+def test_an_error_waits_for_the_end(tmp_path: Path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        file = HashedFile(tmp_path / "f", threading.Event())
+        assert torch.save({"x": torch.zeros(5000)}, file) is None, "torch's writer is not disturbed"  # pyright: ignore
+        with pytest.raises(OSError) as caught:
+            file.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == errno.EFBIG
+
+
+def test_given_up_it_writes_no_more(tmp_path: Path):
+    abandoned = threading.Event()
+    file = HashedFile(tmp_path / "f", abandoned)
+    file.write(b"begun")
+    abandoned.set()
+    file.write(b"not any more")
+    with pytest.raises(Abandoned):
+        file.close()
+    assert (tmp_path / "f").read_bytes() == b"begun"
