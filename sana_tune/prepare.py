@@ -56,6 +56,7 @@ from sana_tune.plan import (
     make_plan,
     memory_warnings,
     plan_lines,
+    saving_plan,
     text_bytes,
 )
 from sana_tune.progress import Progress
@@ -402,10 +403,10 @@ def run_plan(
         datasets=dataset_plans(loaded),
         timeline=timeline_for(loaded, buckets),
         learns_from_base=learns_from_base(config, buckets),
-        main_memory_bytes=free_ram_bytes(),
     )
     drawn = drawing_lines(config, prompts, drawing_sizes(config, facts))
-    return replace(plan, step_s=measured_step_s(output, plan), pictures=drawn)
+    saving = saving_plan(config, facts, plan.memory, free_ram_bytes())
+    return replace(plan, step_s=measured_step_s(output, plan), pictures=drawn, saving=saving)
 
 
 def memory_of(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from sana_tune.progress import Progress
 from sana_tune.watch.events import Stepped
@@ -94,3 +97,16 @@ def test_losses_by_role_stand_beside_the_loss():
     both = line_of(replace(stepped(1), losses={"train": 0.75, "regularise": math.nan}))
     assert (both["loss"], both["loss_train"], both["loss_regularisation"]) == (0.5, 0.75, None)
     assert "loss_regularisation" not in line_of(replace(stepped(1), losses={"train": 0.75}))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full is Linux's")
+def test_what_a_full_disk_does_not_take_is_written_later(tmp_path: Path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.path.symlink_to("/dev/full")
+    metrics.append(stepped(1))
+    metrics.append(stepped(2))
+    metrics.close()
+    metrics.path.unlink()
+    metrics.append(stepped(3))
+    metrics.close()
+    assert [line["step"] for line in read(metrics.path)] == [1, 2, 3]
