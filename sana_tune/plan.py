@@ -329,11 +329,9 @@ def make_plan(
     datasets: Sequence[DatasetPlan] = (),
     timeline: Timeline | None = None,
     learns_from_base: bool = False,
-    main_memory_bytes: int | None = None,
 ) -> Plan:
     """Work out the whole run.
 
-    main_memory_bytes: what is free of it now; None = nobody can tell.
     datasets: what each is for. timeline: of datasets that start and end; None when all are always shown. ranks:
     processes. learns_from_base: whether the untrained model is asked too. first_step: where a resumed run stands (0 for
     a fresh one). other_model_bytes: VAE and text encoder on disk, which the exported pipeline holds a copy of.
@@ -343,7 +341,6 @@ def make_plan(
     per_epoch = sum(b.micro_batches for b in buckets) if timeline is None else timeline.stretches[0].epoch_length
     per_step = config.train.gradient_accumulation_steps * ranks
     steps = total_steps(config, per_epoch, per_step, timeline)
-    epochs = steps * per_step / per_epoch if timeline is None else timeline.epochs_at(steps * per_step)
     plans = [_bucket_plan(bucket, flow_shift_of(config, facts, bucket.size)) for bucket in all_buckets]
     bucket_plans = tuple(plan for plan in plans if plan.role != Role.EVAL.value)
     return Plan(
@@ -354,7 +351,7 @@ def make_plan(
         micro_batches_per_step=per_step,
         steps_per_epoch=per_epoch / per_step,
         total_steps=steps,
-        epochs=epochs,
+        epochs=(epochs := _epochs(steps * per_step, per_epoch, timeline)),
         images_seen=_images_seen(buckets, steps * per_step, timeline),
         first_step=first_step,
         save_every=saved_at(config),
@@ -372,20 +369,25 @@ def make_plan(
         datasets=tuple(datasets),
         held_out=tuple(plan for plan in plans if plan.role == Role.EVAL.value),
         epochs_shown=_epochs_shown(buckets, timeline, steps, per_step),
-        saving=decide_saving(
-            config, checkpoint_bytes(config, facts.parameters), training_host_bytes(memory), main_memory_bytes
-        ),
         timeline=timeline,
         ranks=ranks,
     )
 
 
-def training_host_bytes(memory: MemoryPlan | None) -> int:
-    """Main memory that training takes by itself: all that it takes on a CPU, what it takes beside a GPU."""
-    if memory is None:
-        return 0
-    on_cpu = memory.device is not None and memory.device.kind == "cpu"
-    return memory.need.total_bytes if on_cpu else memory.host_bytes
+def _epochs(micro_batches: int, per_epoch: int, timeline: Timeline | None) -> float:
+    """Epochs that so many micro-batches come to."""
+    return micro_batches / per_epoch if timeline is None else timeline.epochs_at(micro_batches)
+
+
+def saving_plan(
+    config: Config, facts: ModelFacts, memory: MemoryPlan | None, main_memory_bytes: int | None
+) -> SavingPlan:
+    """How checkpoints are written. main_memory_bytes: what is free of it now."""
+    taken = 0  # main memory that training takes by itself: all that it takes on a CPU, what it takes beside a GPU
+    if memory is not None:
+        on_cpu = memory.device is not None and memory.device.kind == "cpu"
+        taken = memory.need.total_bytes if on_cpu else memory.host_bytes
+    return decide_saving(config, checkpoint_bytes(config, facts.parameters), taken, main_memory_bytes)
 
 
 def validation_interval(config: Config) -> Every:

@@ -60,6 +60,7 @@ from sana_tune.plan import (
     make_plan,
     memory_warnings,
     plan_lines,
+    saving_plan,
     text_bytes,
 )
 from sana_tune.progress import Progress
@@ -451,11 +452,12 @@ def run_plan(
         datasets=dataset_plans(loaded),
         timeline=timeline_for(loaded, buckets),
         learns_from_base=learns_from_base(config, buckets),
-        main_memory_bytes=free_ram_bytes(),
     )
     drawn = drawing_lines(config, prompts, drawing_sizes(config, facts))
     held = evaluation_of(loaded, buckets)
-    return replace(plan, step_s=measured_step_s(output, plan), pictures=drawn, evaluation=held)
+    saving = saving_plan(config, facts, plan.memory, free_ram_bytes())
+    timed = measured_step_s(output, plan)
+    return replace(plan, step_s=timed, pictures=drawn, evaluation=held, saving=saving)
 
 
 def memory_of(

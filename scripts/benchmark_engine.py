@@ -5,6 +5,7 @@ python scripts/benchmark_engine.py counts             1.6B: kernels, bytes moved
 python scripts/benchmark_engine.py strata             stratified noise levels: how steady a step's loss is, on nano
 python scripts/benchmark_engine.py previews           what previews cost beside the sampling, at the default interval
 python scripts/benchmark_engine.py checks             what a step pays for knowing that its numbers are finite
+python scripts/benchmark_engine.py saving             how long a checkpoint of 30 M parameters holds training up
 python scripts/benchmark_engine.py step [ARGUMENTS]   scripts/benchmark.py over a model of 30 M parameters
 python scripts/benchmark_engine.py ranks               2 processes on 2 cores beside 1 on 1: pictures a second
 sana_tune bench                                       whole steps of any model, on a GPU too
@@ -14,13 +15,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import shutil
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -447,12 +449,121 @@ def time_ranks(steps: int, batch: int, side: int) -> float:
     return two / one
 
 
+@dataclass(frozen=True)
+class Delay:
+    """One checkpoint in the background, in seconds. step_s: an undisturbed step. copy_s: what `save` itself took.
+
+    next_s: by how much the step after it was later, the copy included; all_s: the same of all steps until it stood.
+    write_s: what writing took, with its rests; alone_s: the same of a checkpoint that was waited for.
+    """
+
+    step_s: float
+    copy_s: float
+    next_s: float
+    all_s: float
+    write_s: float
+    alone_s: float
+
+
+def delays(parts: Any, sample: Any, folder: Path, rounds: int) -> list[Delay]:
+    """Steps with a checkpoint now and then. parts: as a run has them. sample: the micro-batch of every step."""
+    from sana_tune.progress import Progress
+    from sana_tune.saving import Keeping
+    from sana_tune.train.checkpoint import Checkpoints
+    from sana_tune.train.step import train_step
+    from sana_tune.watch.events import Saved
+
+    progress, found = Progress(), list[Delay]()
+    told: list[Any] = []
+    checkpoints = Checkpoints(folder, Keeping(1), background=True)
+
+    def step() -> float:
+        nonlocal progress
+        started = time.perf_counter()
+        progress = progress.advance(train_step(parts, [sample], progress).images, 0.0)
+        checkpoints.poll()
+        return time.perf_counter() - started
+
+    with checkpoints.telling(told.append, lambda: False):
+        for turn in range(1 + rounds):  # the first takes memory that the others find
+            quiet = statistics.median(step() for _ in range(5))
+            started = time.perf_counter()
+            checkpoints.save(parts, progress)
+            copied = time.perf_counter() - started
+            later: list[float] = []
+            while not told:
+                later.append(step() - quiet)
+            (saved,) = told
+            told.clear()
+            assert isinstance(saved, Saved)
+            checkpoints.save(parts, progress)
+            checkpoints.held()
+            alone_s = told.pop().duration_s
+            if turn:
+                write_s = saved.duration_s - copied
+                found.append(Delay(quiet, copied, copied + later[0], copied + sum(later), write_s, alone_s))
+    return found
+
+
+def saving_parts() -> tuple[Any, Any]:
+    """A model of 30 M parameters with all around it that a step needs, and a micro-batch of one picture."""
+    import torch
+    from diffusers import SanaTransformer2DModel
+
+    from sana_tune.data.batch import Batch
+    from sana_tune.data.order import MicroBatch
+    from sana_tune.data.records import Role
+    from sana_tune.schedule import Schedule
+    from sana_tune.train.device import make_accelerator
+    from sana_tune.train.ema import NoEma
+    from sana_tune.train.optim import build_optimizer, parameter_groups
+    from sana_tune.train.step import Parts
+
+    torch.manual_seed(0)
+    model = SanaTransformer2DModel(**MIDDLE, in_channels=32, out_channels=32, caption_channels=256)
+    parts = Parts(
+        accelerator=make_accelerator("auto", "no"),
+        transformer=model,
+        optimizer=build_optimizer("optimi-adamw", parameter_groups(model.named_parameters()), 1e-5),
+        schedule=Schedule("constant", 1e-5, 1000),
+        ema=NoEma(),
+        shift_at=lambda tokens: 3.0,
+        seed=0,
+    )
+    model.to(parts.accelerator.device)
+    text, mask = torch.randn(1, 40, 256), torch.ones(1, 40, dtype=torch.int64)
+    batch = Batch(torch.randn(1, 32, 16, 16), text, mask, None, Role.TRAIN, ("one",))
+    return parts, (MicroBatch(0, 0, 0, (0,)), batch)
+
+
+def tell_saving(rounds: int, threads: int) -> None:
+    """By how much checkpoints hold training up, beside the time that they take."""
+    import torch
+
+    torch.set_num_threads(threads)
+    parts, sample = saving_parts()
+    count = sum(parameter.numel() for parameter in parts.trained)
+    with tempfile.TemporaryDirectory(prefix="sana_tune-benchmark-", dir=".") as place:
+        found = delays(parts, sample, Path(place), rounds)
+    median = Delay(*(statistics.median(vars(one)[each.name] for one in found) for each in fields(Delay)))
+    print(f"{count / 1e6:.1f} M parameters, {threads} threads, {rounds} checkpoints; medians:")
+    print(f"  a step {1000 * median.step_s:.0f} ms; writing beside training {1000 * median.write_s:.0f} ms, alone "
+          f"{1000 * median.alone_s:.0f} ms")  # fmt: skip
+    late = {"save()": median.copy_s, "the next step": median.next_s, "all steps until it stands": median.all_s}
+    for title, late_s in late.items():
+        shares = f"{100 * late_s / median.write_s:.1f} %, {100 * late_s / median.alone_s:.1f} % of writing alone"
+        print(f"  {title}: later by {1000 * late_s:.0f} ms = {shares}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the engine's parts are worth.")
-    parser.add_argument("what", choices=("rewrites", "counts", "strata", "previews", "checks", "step", "ranks"))
+    kinds = ("rewrites", "counts", "strata", "previews", "checks", "saving", "step", "ranks")
+    parser.add_argument("what", choices=kinds)
     parser.add_argument("--batch", type=int, default=2, help="for rewrites, checks and ranks")
     parser.add_argument("--side", type=int, default=16, help="for rewrites, checks, ranks: latent positions a side")
     parser.add_argument("--precision", default="no", choices=("no", "bf16"), help="for rewrites")
+    threads = max(1, (os.cpu_count() or 2) - 1)
+    parser.add_argument("--threads", type=int, default=threads, help="for saving: threads of torch")
     parser.add_argument("--rounds", type=int, default=10, help="for rewrites; steps of ranks; for strata 40 steps each")
     if sys.argv[1:2] == ["step"]:
         from scripts import benchmark
@@ -466,6 +577,8 @@ def main() -> None:
     log.quiet_libraries()
     if asked.what == "counts":
         return tell_counts()
+    if asked.what == "saving":
+        return tell_saving(asked.rounds, asked.threads)
     if asked.what == "previews":
         return tell_previews(asked.rounds)
     if asked.what == "ranks":

@@ -63,3 +63,12 @@ def test_the_checks_are_timed_beside_a_step_without_them():
             "cross_attention_head_dim": 64, "cross_attention_dim": 256, "caption_channels": 16}  # fmt: skip
     found = benchmark_engine.check_cost(tiny, 8, 2, 1, "cpu")
     assert 0 < found.read_s < 0.2 * found.checked_s and found.unchecked_s > 0 and -1 < found.share < 10
+
+
+def test_it_measures_how_long_a_checkpoint_holds_training_up(tmp_path, monkeypatch):
+    tiny = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "num_cross_attention_heads": 2,
+            "cross_attention_head_dim": 8, "cross_attention_dim": 16}  # fmt: skip
+    monkeypatch.setattr(benchmark_engine, "MIDDLE", tiny)
+    (found,) = benchmark_engine.delays(*benchmark_engine.saving_parts(), tmp_path, 1)
+    assert 0 < found.copy_s <= found.write_s + found.copy_s and found.step_s > 0 and found.alone_s > 0
+    assert [path.name[:11] for path in tmp_path.iterdir()] == ["checkpoint-"]

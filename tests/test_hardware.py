@@ -124,3 +124,17 @@ def test_the_device_of_a_run_is_the_one_asked_for(smi, monkeypatch):
     assert device_for("cuda") is None
     if platform.system() == "Linux":
         assert device_for("mps") is None and device_for("auto") == device_for("cpu")
+
+
+def test_free_main_memory_is_what_a_container_leaves(tmp_path):
+    free = hardware.free_ram_bytes(tmp_path)
+    assert 0 < free <= ram_bytes(tmp_path)
+    for name, text in (
+        ("memory.max", "1000000"),
+        ("memory.current", "600000"),
+        ("memory.stat", "anon 1\ninactive_file 50000\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    assert hardware.free_ram_bytes(tmp_path) == 450_000, "files that are cached would be given up"
+    (tmp_path / "memory.max").write_text("max")
+    assert hardware.free_ram_bytes(tmp_path) > 1_000_000

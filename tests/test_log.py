@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -91,3 +92,12 @@ def test_importing_the_log_is_cheap():
     code = "import sys, sana_tune.log; print(*{'rich', 'torch', 'diffusers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full is Linux's")
+def test_a_full_disk_stops_the_file_and_nothing_else(tmp_path, capsys):
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    handler = logs.add_file(tmp_path / "log.txt")
+    logs.log.warning("a line")
+    logs.remove(handler)
+    assert "Logging error" not in capsys.readouterr().err

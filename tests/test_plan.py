@@ -40,6 +40,8 @@ from sana_tune.plan import (
     noise_lines,
     pace_of,
     plan_lines,
+    saving_line,
+    saving_plan,
     schedule_lines,
     text_bytes,
     time_lines,
@@ -372,3 +374,31 @@ def test_asking_the_base_model_too_takes_time_and_is_another_pace(tmp_path, fact
     wanted = config(tmp_path)
     assert "learns_from_base" not in pace_of(wanted, facts, BUCKETS, 1, None)
     assert pace_of(wanted, facts, BUCKETS, 1, None, learns_from_base=True)["learns_from_base"] is True
+
+
+# ---- checkpoints ----
+
+
+def test_how_checkpoints_are_written_is_told(tmp_path, facts):
+    made = plan(
+        tmp_path, facts, max_train_steps=1000, checkpoint_epoch_interval=2, checkpoints_keep_every=1000,
+        checkpoints_total_limit=3,
+    )  # fmt: skip
+    assert made.save_every == Every(500, 2)
+    saving = saving_plan(config(tmp_path, checkpoints_total_limit=3), facts, None, 10**12)
+    line = saving_line(replace(made, saving=saving))
+    size = human_bytes(3 * 4 * facts.parameters)
+    assert line.startswith(f"every 500 steps, every 2 epochs, at the end: {size} each; kept: the newest 3; written in")
+    told = saving_line(replace(made, saving=replace(saving, background=False)))
+    assert "training waits while they are written (a copy takes" in told
+    assert f"Checkpoints: {line}" in plan_lines(replace(made, saving=saving), Ledger(()))
+
+
+def test_on_a_cpu_training_itself_takes_main_memory(tmp_path):
+    """The 1.6B model on a CPU with 50 GB leaves too little of it; beside a GPU all of it is free for the copy."""
+    free = 50 * 10**9
+    on_cpu = with_memory(tmp_path, Device("CPU", free, free, "cpu"))
+    facts = known("Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers")
+    assert facts is not None and on_cpu.memory is not None
+    assert not saving_plan(config(tmp_path), facts, on_cpu.memory, free).background
+    assert saving_plan(config(tmp_path), facts, with_memory(tmp_path, CARD).memory, free).background

@@ -69,7 +69,7 @@ def small(tmp_path: Path) -> Any:
     pictures(tmp_path / "pictures", 3)
     drawing = {"validation_disable": False, "validation_prompt": "a star", "validation_resolution": 32}
     few = {"validation_num_inference_steps": 1, "validation_step_interval": 1, "checkpoint_step_interval": 2}
-    return small_run(tmp_path, max_train_steps=3, **drawing, **few)
+    return small_run(tmp_path, max_train_steps=3, checkpoint_writing="wait", **drawing, **few)
 
 
 def test_a_run_tells_its_course_in_order_and_gives_all_back(small, tmp_path):

@@ -31,14 +31,18 @@ from sana_tune.train.folders import FRESH, Checkpoint
 from sana_tune.train.judged import Judged, stands_of
 from sana_tune.train.room import Lack, Room, call_script, is_full, slices
 from sana_tune.train.sharding import put
-from sana_tune.train.snapshot import Memory, Snapshot, snapshot
+from sana_tune.train.snapshot import Memory, Snapshot, copied, snapshot
 from sana_tune.train.states import load_full_state, names_of
 from sana_tune.train.step import Parts, summed
-from sana_tune.train.writing import OPTIMIZER, WEIGHTS, Writing
+from sana_tune.train.writing import OPTIMIZER, WEIGHTS, Terms, Writing
 from sana_tune.watch.events import Event, Noticed, Saved
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+# Where training has the same cores, the writer rests so many times as long as it works, unless it is waited for.
+REST_ON_CPU = 4.0
 
 
 class _Verdict(IntEnum):
@@ -53,13 +57,18 @@ class _Verdict(IntEnum):
 
 @dataclass(frozen=True)
 class _Flight:
-    """A checkpoint that is being written by a thread, or was just now. began_s: when the saving began."""
+    """A checkpoint that is being written by a thread, or was just now. began_s: when the saving began.
+
+    fill: copies the live state into the snapshot; copied: that is done.
+    """
 
     snapshot: Snapshot
     rolling: bool
     began_s: float
+    fill: Callable[[], None] = lambda: None
+    copied: threading.Event = field(default_factory=threading.Event)
     future: Future[Saved] = field(default_factory=Future)
-    abandoned: threading.Event = field(default_factory=threading.Event)
+    terms: Terms = field(default_factory=Terms)
 
 
 class Checkpoints:
@@ -142,18 +151,24 @@ class Checkpoints:
         return progress
 
     def save(self, parts: Parts, progress: Progress, *, rolling: bool = False) -> None:
-        """Write checkpoint-<step>; in the background once it is copied. Waits for one before it, and for room.
+        """Write checkpoint-<step>; in the background it is copied too, while the next step computes, and `parts.fence`
+        keeps weights and states from moving until that is done. Waits for one before it, and for room.
 
         Raises UserError when the disk does not take it, or did not take the one before.
         """
         self._accelerator = parts.accelerator
         self._settle()
         began_s = time.perf_counter()
-        if self.background and self._memory is None:
-            self._memory = Memory(pinned=parts.accelerator.device.type == "cuda")
-        taken = snapshot(parts, progress, self._memory if self._is_main else None)
+        flight = _Flight(snapshot(parts, progress), rolling, began_s)
         self._asked_step = progress.step
-        self._begin(_Flight(taken, rolling, began_s))
+        if self.background and self._is_main:
+            self._memory = self._memory or Memory(pinned=parts.accelerator.device.type == "cuda")
+            taken, fill = copied(flight.snapshot, self._memory)
+            rest = REST_ON_CPU if parts.accelerator.device.type == "cpu" else 0.0
+            flight = replace(flight, snapshot=taken, fill=fill, terms=Terms(rest))
+        self._begin(flight)
+        if self._flight is not None:
+            parts.fence.raise_until(flight.copied)
         if not self.background:
             self._settle()
 
@@ -258,6 +273,7 @@ class Checkpoints:
         return _Verdict.END
 
     def _wait(self, flight: _Flight) -> None:
+        flight.terms.hurry.set()
         try:
             wait([flight.future])
         except KeyboardInterrupt:
@@ -267,7 +283,8 @@ class Checkpoints:
     def _abandon(self) -> None:
         """Give up the write in flight; its thread removes what it wrote."""
         if self._flight is not None:
-            self._flight.abandoned.set()
+            self._flight.terms.abandoned.set()
+            self._flight.terms.hurry.set()
             wait([self._flight.future])
             self._flight = None
 
@@ -345,7 +362,12 @@ class Checkpoints:
     # ---- in the thread that writes ----
 
     def _write(self, flight: _Flight) -> Saved:
-        """Prune, write aside, give it its name, prune. Raises OSError; Abandoned when it is wanted no more."""
+        """Copy, prune, write aside, give it its name, prune. Raises OSError; Abandoned when it is wanted no more."""
+        try:
+            if not flight.copied.is_set():  # once: it may have failed later, and training gone on
+                flight.fill()
+        finally:
+            flight.copied.set()
         step = flight.snapshot.progress.step
         path = self.output_dir / folders.folder_name(step)
         removed = self._prune(flight)
@@ -354,7 +376,7 @@ class Checkpoints:
         try:
             serial = 1 + max((each.serial for each in folders.list_complete(self.output_dir)), default=0)
             manifest = {"step": step, "serial": serial, **({"rolling": True} if flight.rolling else {})}
-            Writing(staged, flight.abandoned).all_of(flight.snapshot, self.identity, manifest)
+            Writing(staged, flight.terms).all_of(flight.snapshot, self.identity, manifest)
             folders.publish(staged, path, step)
         except BaseException:
             shutil.rmtree(staged, ignore_errors=True)

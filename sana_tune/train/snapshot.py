@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from sana_tune.log import log
 from sana_tune.progress import Progress
+from sana_tune.train.sharding import gathered, is_sharded
 from sana_tune.train.states import full_state, names_of
 
 if TYPE_CHECKING:
@@ -81,44 +83,84 @@ class Memory:
         return torch.empty(size, dtype=torch.uint8)
 
 
-def snapshot(parts: Parts, progress: Progress, memory: Memory | None = None) -> Snapshot:
-    """The state right now. The one place that knows where it lives.
+class Fence:
+    """Stands before every update of weights and states: they move only when what is copied of them is there."""
 
-    memory: where it is copied to, so that the run may go on; None = the live tensors, which must not change until they
-    are written. Waits for the device.
+    def __init__(self) -> None:
+        self._copied: threading.Event | None = None
+
+    def raise_until(self, copied: threading.Event) -> None:
+        """Nothing moves until the event is set."""
+        self._copied = copied
+
+    def wait(self) -> None:
+        """To be called right before anything moves."""
+        if self._copied is not None:
+            self._copied.wait()
+            self._copied = None
+
+
+def snapshot(parts: Parts, progress: Progress) -> Snapshot:
+    """The state right now: plain values, and the live tensors themselves. The one place that knows where it lives.
+
+    Collective where the model is split over processes: then the tensors are whole copies in main memory.
     """
     bare = parts.bare
     # diffusers notes where the model came from: a path of this machine, which is nobody's business and differs by user
     config = {key: value for key, value in json.loads(bare.to_json_string()).items() if key != "_name_or_path"}
-    weights, average = bare.state_dict(), parts.ema.state_dict()
-    live = Snapshot(progress, config, weights, average, full_state(parts.optimizer, names_of(bare.named_parameters())))
-    if memory is None:
-        return live
+    optimizer = full_state(parts.optimizer, names_of(bare.named_parameters()))
+    live = (bare.state_dict(), parts.ema.state_dict(), optimizer)
+    return Snapshot(progress, config, *(gathered(live) if is_sharded(bare) else live))
+
+
+def copied(live: Snapshot, memory: Memory) -> tuple[Snapshot, Callable[[], None]]:
+    """A snapshot in main memory, and what fills it: to be called by any thread, before a live tensor changes."""
     memory.reuse()
-    copies: dict[int, Tensor] = {}  # a tensor that stands in several places is one there too
-    with torch.no_grad():
-        made = Snapshot(
-            progress,
-            config,
-            _copied(live.weights, memory, copies),
-            _copied(live.average, memory, copies),
-            _copied(live.optimizer, memory, copies),
-        )
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return made
+    places: dict[int, Tensor] = {}  # a tensor that stands in several places is one there too
+    sources: list[Tensor] = []
+
+    def place(tensor: Tensor) -> Tensor:
+        if id(tensor) not in places:
+            places[id(tensor)] = memory.take(tensor)
+            sources.append(tensor.detach())
+        return places[id(tensor)]
+
+    parts = (_replaced(part, place) for part in (live.weights, live.average, live.optimizer))
+    made = Snapshot(live.progress, live.config, *parts)
+    return made, _filling(sources, list(places.values()))
 
 
-def _copied(value: Any, memory: Memory, copies: dict[int, Tensor]) -> Any:
-    """The same values with copies of all tensors."""
+def _filling(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Callable[[], None]:
+    """What copies the tensors. On a GPU that is done by a stream of its own, after what was asked of it before."""
+    devices = {tensor.device for tensor in sources if tensor.is_cuda}
+    ready = {device: torch.cuda.current_stream(device).record_event() for device in devices}
+
+    @torch.no_grad()
+    def fill() -> None:
+        streams = {device: torch.cuda.Stream(device) for device in devices}
+        for device, stream in streams.items():
+            stream.wait_event(ready[device])
+            with torch.cuda.stream(stream):
+                for source, target in zip(sources, targets, strict=True):
+                    if source.device == device:
+                        target.copy_(source, non_blocking=True)
+        pairs = [pair for pair in zip(sources, targets, strict=True) if not pair[0].is_cuda]
+        if pairs:  # in one go: Python's lock is not asked for between two tensors
+            torch._foreach_copy_([target for _, target in pairs], [source for source, _ in pairs])
+        for stream in streams.values():
+            stream.synchronize()
+
+    return fill
+
+
+def _replaced(value: Any, place: Callable[[Tensor], Tensor]) -> Any:
+    """The same values with other tensors."""
     if isinstance(value, Tensor):
-        if id(value) not in copies:
-            copies[id(value)] = memory.take(value).copy_(value.detach(), non_blocking=True)
-        return copies[id(value)]
+        return place(value)
     if isinstance(value, Mapping):
-        return {key: _copied(each, memory, copies) for key, each in value.items()}
+        return {key: _replaced(each, place) for key, each in value.items()}
     if isinstance(value, list) or any(True for _ in _in(value)):
-        return type(value)(_copied(each, memory, copies) for each in value)
+        return type(value)(_replaced(each, place) for each in value)
     return value
 
 

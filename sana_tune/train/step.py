@@ -31,6 +31,7 @@ from sana_tune.train.roll_in import Mixture, roll_in, velocity_of
 from sana_tune.train.rounding import place
 from sana_tune.train.scale import LossScale, NoLossScale
 from sana_tune.train.sharding import local, whole_norm
+from sana_tune.train.snapshot import Fence
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -53,6 +54,7 @@ class Parts:
     shift_at:    latent positions of a picture → flow shift (model.shift.shift_for with its settings).
     max_grad_norm, clip_method: 0 = no clipping; "norm" of the whole gradient or "value" of each element.
     scale: the loss scale of fp16. release: the weights are updated inside the backward pass; None = after it.
+    fence: what is waited for before anything moves: a checkpoint that is being copied.
     compiled:    whether the blocks are compiled, so that few lengths of text are wanted.
     levels, objective, perturbation: how noise levels are drawn, what is minimised, and noise beyond the target's.
     rollout:     which samples are trained at states that the model itself led to.
@@ -71,6 +73,7 @@ class Parts:
     clip_method: Literal["norm", "value"] = "norm"
     scale: LossScale | NoLossScale = NoLossScale()
     release: Release | None = None
+    fence: Fence = field(default_factory=Fence)
     levels: Levels = flow.RECIPE
     objective: flow.Objective = flow.MSE
     perturbation: flow.Perturbation = flow.Perturbation()
@@ -185,6 +188,7 @@ def train_step(parts: Parts, micro_batches: Sequence[Sample], progress: Progress
     good = read.is_finite
     if good:
         parts.ema.fence()
+        parts.fence.wait()
         parts.optimizer.step()
     parts.optimizer.zero_grad(set_to_none=True)
     parts.scale.update(good)
@@ -230,6 +234,7 @@ def _released_step(
         if not read.is_finite:
             return read.result(rate, skipped=True)
     parts.ema.fence()
+    parts.fence.wait()
     with release.updating():
         read = backward()
     if read.is_finite:

@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import threading
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from sana_tune.train.snapshot import Snapshot
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OPTIMIZER = "optimizer.pt"
-CHUNK_BYTES = 2**24  # after each it is seen whether the write is still wanted
+CHUNK_BYTES = 2**22  # after each it is seen whether the write is still wanted, and rested
+LONGEST_REST_S = 1.0
 
 # https://github.com/huggingface/safetensors#format
 _DTYPES = {
@@ -32,27 +35,46 @@ class Abandoned(Exception):
     """The run is left at once, so that the write was given up."""
 
 
+@dataclass(frozen=True)
+class Terms:
+    """How a write goes on. abandoned: once it is set, nothing more is written.
+
+    rest: how many times as long as a piece took the writer rests after it, so that training on the same cores is hardly
+    held up. hurry: somebody waits for it, so that it does not rest.
+    """
+
+    rest: float = 0.0
+    abandoned: threading.Event = field(default_factory=threading.Event)
+    hurry: threading.Event = field(default_factory=threading.Event)
+
+    def take_rest(self, busy_s: float) -> None:
+        """To be called after a piece of work."""
+        if self.rest:
+            self.hurry.wait(min(LONGEST_REST_S, self.rest * busy_s))
+
+
 class HashedFile:
     """A new file whose SHA-256 is taken while it is written.
 
     What goes wrong is kept and raised by `close` alone: torch's writer in between knows no reason but its own.
-    abandoned: once it is set, nothing more is written.
     """
 
-    def __init__(self, path: Path, abandoned: threading.Event):
+    def __init__(self, path: Path, terms: Terms):
         self._file = open(path, "xb", buffering=0)
         self._hash = hashlib.sha256()
         self._size = 0
-        self._abandoned = abandoned
+        self._terms = terms
         self._error: OSError | None = None
 
     def write(self, data: Any) -> int:
         """Bytes, or anything with a buffer."""
         view = memoryview(data).cast("B")
         for begin in range(0, len(view), CHUNK_BYTES):
-            if self._abandoned.is_set() or self._error is not None:
+            if self._terms.abandoned.is_set() or self._error is not None:
                 break
+            started = time.perf_counter()
             self._append(view[begin : begin + CHUNK_BYTES])
+            self._terms.take_rest(time.perf_counter() - started)
         return len(view)
 
     def _append(self, chunk: memoryview) -> None:
@@ -70,7 +92,7 @@ class HashedFile:
     def close(self) -> dict[str, Any]:
         """Sync and close. Answers the manifest's entry. Raises OSError, and Abandoned."""
         try:
-            if self._abandoned.is_set():
+            if self._terms.abandoned.is_set():
                 raise Abandoned
             if self._error is not None:
                 raise self._error
@@ -83,9 +105,9 @@ class HashedFile:
 class Writing:
     """The files of one checkpoint, in a folder that is not its own yet."""
 
-    def __init__(self, staged: Path, abandoned: threading.Event):
+    def __init__(self, staged: Path, terms: Terms):
         self.staged = staged
-        self._abandoned = abandoned
+        self._terms = terms
         self._entries: dict[str, dict[str, Any]] = {}
 
     def all_of(self, snapshot: Snapshot, identity: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
@@ -121,7 +143,7 @@ class Writing:
         self._close(name, file)
 
     def _open(self, name: str) -> HashedFile:
-        return HashedFile(self.staged / name, self._abandoned)
+        return HashedFile(self.staged / name, self._terms)
 
     def _close(self, name: str, file: HashedFile) -> None:
         self._entries[name] = file.close()

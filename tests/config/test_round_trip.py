@@ -64,6 +64,7 @@ OF_KEYS: dict[str, st.SearchStrategy[Any]] = {
     "loss_weighting": st.sampled_from(sorted(LOSS_WEIGHTINGS)),
     "flow_distribution": st.sampled_from(sorted({*NOISE_DISTRIBUTIONS} - {"custom"})),
     "validation_noise_scheduler": st.sampled_from(sorted(SAMPLERS)),
+    "disk_low_threshold": st.one_of(st.integers(0, 10**15), st.sampled_from(["20 GB", "5%", "1.5TiB", "500M"])),
     "probability": st.floats(0, 1e4, exclude_min=True, allow_subnormal=False),
     "report_to": st.sampled_from(["none", "all", "wandb", "tensorboard,wandb"]),
     "hub_model_id": st.sampled_from(["rex", "me/rex", "https://huggingface.co/me/rex"]),
@@ -91,7 +92,8 @@ BY_HAND = {"pretrained_model_name_or_path", "data_backend_config", "id", "instan
            "optimizer_config", "optimizer_release_gradients", "lr_scale_sqrt",
            "gradient_checkpointing_segment_stride", "dynamo_backend", "validation_method",
            "validation_external_script", "eval_dataset_id",
-           "webhook_config", "post_checkpoint_script", "post_upload_script", "modelspec_comment"}  # fmt: skip
+           "webhook_config", "post_checkpoint_script", "post_upload_script", "modelspec_comment",
+           "disk_low_action", "checkpoints_keep_every"}  # fmt: skip
 
 
 def values_of(info: FieldInfo) -> st.SearchStrategy[Any]:

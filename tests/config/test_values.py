@@ -9,9 +9,11 @@ import pytest
 from sana_tune.config.values import (
     AspectBucket,
     Resolution,
+    disk_bytes,
     named,
     nearest,
     parse_aspect_buckets,
+    parse_disk_size,
     parse_instruction,
     parse_levels,
     parse_resolutions,
@@ -131,3 +133,24 @@ def test_noise_levels_and_timesteps(value, expected):
 def test_what_are_no_noise_levels(value):
     with pytest.raises(ValueError, match="noise levels are numbers above 0"):
         parse_levels(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_"),
+    [
+        (1000, 1000), ("1000", 1000), ("20 GB", 20 * 10**9), ("500M", 500 * 10**6), ("1.5 TiB", round(1.5 * 2**40)),
+        ("2k", 2000), ("2 KiB", 2048), ("5%", 50_000), ("0.5 %", 5_000), ("7 B", 7),
+    ],
+)  # fmt: skip
+def test_sizes_of_the_disk(text, bytes_):
+    assert disk_bytes(parse_disk_size(text), 10**6) == bytes_
+
+
+@pytest.mark.parametrize("text", ["much", "-5", "5 PB", "100%", "250 %", "1e9", True, "5 % GB"])
+def test_what_is_no_size_of_a_disk(text):
+    with pytest.raises(ValueError, match=r"20 GB|below 100%"):
+        parse_disk_size(text)
+
+
+def test_no_size_is_none():
+    assert [parse_disk_size(each) for each in (None, "", "none", "None")] == [None] * 4

@@ -5,18 +5,18 @@ from __future__ import annotations
 import errno
 import hashlib
 import resource
-import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sana_tune.train.writing import CHUNK_BYTES, Abandoned, HashedFile, write_tensors
+from sana_tune.train.writing import CHUNK_BYTES, Abandoned, HashedFile, Terms, write_tensors
 
 
 def test_what_is_written_is_hashed(tmp_path: Path):
-    file = HashedFile(tmp_path / "f", threading.Event())
+    file = HashedFile(tmp_path / "f", Terms())
     data = bytes(range(256)) * (CHUNK_BYTES // 256) + b"the end"
     assert file.write(data) == len(data) and file.write(memoryview(b"more")) == 4
     entry = file.close()
@@ -33,7 +33,7 @@ def test_tensors_are_written_byte_for_byte_as_the_library_does(tmp_path: Path):
         "c": torch.arange(3, dtype=torch.int8),
     }  # fmt: skip
     save_file(tensors, tmp_path / "theirs", {"format": "pt"})
-    file = HashedFile(tmp_path / "ours", threading.Event())
+    file = HashedFile(tmp_path / "ours", Terms())
     write_tensors(file, tensors)
     file.close()
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
@@ -42,7 +42,7 @@ def test_tensors_are_written_byte_for_byte_as_the_library_does(tmp_path: Path):
 
 def test_a_tensor_that_is_not_contiguous_is_written_in_order(tmp_path: Path):
     tensor = torch.randn(4, 6).t()[::2]
-    file = HashedFile(tmp_path / "f", threading.Event())
+    file = HashedFile(tmp_path / "f", Terms())
     write_tensors(file, {"x": tensor})
     file.close()
     assert torch.equal(load_file(tmp_path / "f")["x"], tensor)
@@ -52,7 +52,7 @@ def test_an_error_waits_for_the_end(tmp_path: Path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        file = HashedFile(tmp_path / "f", threading.Event())
+        file = HashedFile(tmp_path / "f", Terms())
         assert torch.save({"x": torch.zeros(5000)}, file) is None, "torch's writer is not disturbed"  # pyright: ignore
         with pytest.raises(OSError) as caught:
             file.close()
@@ -62,11 +62,26 @@ def test_an_error_waits_for_the_end(tmp_path: Path):
 
 
 def test_given_up_it_writes_no_more(tmp_path: Path):
-    abandoned = threading.Event()
-    file = HashedFile(tmp_path / "f", abandoned)
+    terms = Terms()
+    file = HashedFile(tmp_path / "f", terms)
     file.write(b"begun")
-    abandoned.set()
+    terms.abandoned.set()
     file.write(b"not any more")
     with pytest.raises(Abandoned):
         file.close()
     assert (tmp_path / "f").read_bytes() == b"begun"
+
+
+def test_it_rests_after_each_piece_unless_it_is_waited_for(tmp_path: Path):
+    data = bytes(3 * CHUNK_BYTES)
+    took = {}
+    for hurry in (True, False):
+        terms = Terms(rest=1e9)  # the longest rest
+        if hurry:
+            terms.hurry.set()
+        file = HashedFile(tmp_path / str(hurry), terms)
+        began_s = time.perf_counter()
+        file.write(data)
+        took[hurry] = time.perf_counter() - began_s
+        file.close()
+    assert took[True] < 2 < 3 <= took[False]

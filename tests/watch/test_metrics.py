@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from sana_tune.progress import Progress
 from sana_tune.watch.events import Stepped
@@ -115,3 +118,16 @@ def test_the_last_lines_are_found_when_lines_are_long(tmp_path: Path):
     for step in range(1, 301):
         metrics.append(replace(stepped(step), memory_bytes=10**11, by_sigma=many))
     assert [line["step"] for line in last_lines(metrics.path, 50)] == list(range(251, 301))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full is Linux's")
+def test_what_a_full_disk_does_not_take_is_written_later(tmp_path: Path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.path.symlink_to("/dev/full")
+    metrics.append(stepped(1))
+    metrics.append(stepped(2))
+    metrics.close()
+    metrics.path.unlink()
+    metrics.append(stepped(3))
+    metrics.close()
+    assert [line["step"] for line in read(metrics.path)] == [1, 2, 3]
