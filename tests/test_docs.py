@@ -158,7 +158,7 @@ def test_a_command_in_the_pages_exists(page, command):
 OTHER_NAMES = frozenset({
     "sana_tune", "text_embeds", "pixel_area", "constant_with_warmup", "user_prompt_library", "transformer_ema",
     "validation_images", "huggingface_hub", "cosine_with_restarts", "cosine_with_warmup", "image_embeds",
-    "instance_prompt", "save_to_disk", "ema_only",
+    "instance_prompt", "save_to_disk", "ema_only", "memory_bytes", "by_sigma", "first_batches",
 })  # fmt: skip
 # Keys inside of blocks.
 BLOCK_KEYS = {*TABLE_KEYS, *HUB_KEYS, *FILTER_KEYS, *(field.name for field in fields(CaptionShuffle))}
