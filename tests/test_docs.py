@@ -167,6 +167,7 @@ OTHER_NAMES = frozenset({
     "init_vae_cache", "init_resume_checkpoint", "benchmark_base_model", "final_validation",
     "training_complete", "training_abort",
     "distributed_type", "fsdp_config", "fsdp_version", "gpu_ids", "fully_shard", "fsdp_reshard_after_forward",
+    "memory_bytes", "by_sigma", "first_batches",
 })  # fmt: skip
 # Keys inside of blocks.
 BLOCK_KEYS = {*TABLE_KEYS, *HUB_KEYS, *FILTER_KEYS, *WEBHOOK_KEYS, *(field.name for field in fields(CaptionShuffle))}

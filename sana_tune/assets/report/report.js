@@ -21,10 +21,10 @@ const report = (() => {
   const colour = (one) => (one.ramp === undefined ? `var(--c${one.colour % 8})` : `var(--r${Math.round(one.ramp * 4)})`);
 
   /* ---- numbers ---- */
-  function plain(value, digits = 4) {
+  function plain(value, digits = 4, least = 1e-3) {
     if (value === 0) return "0";
     const size = Math.abs(value);
-    if (size < 1e-3 || size >= 1e7) return value.toExponential(Math.min(2, digits - 1)).replace(/\.?0+e/, "e").replace("e+", "e");
+    if (size < least || size >= 1e7) return value.toExponential(Math.min(2, digits - 1)).replace(/\.?0+e/, "e").replace("e+", "e");
     return Number(value.toPrecision(digits)).toLocaleString("en", { maximumFractionDigits: 8 });
   }
   function bytes(value, digits = 3) {
@@ -40,7 +40,7 @@ const report = (() => {
     if (format === "bytes") return bytes(value, digits);
     if (format === "seconds") return seconds(value, digits);
     if (format === "percent") return `${Number((100 * value).toPrecision(digits || 3))} %`;
-    return plain(value, digits || 4);
+    return plain(value, digits || 4, format === "small" ? 0.01 : 1e-3);
   }
 
   /* ---- axes ---- */
@@ -268,7 +268,8 @@ const report = (() => {
       return there.length ? Math.max(...there) : null;
     }
     function views(row, steps, until) {
-      const list = html("div", { class: "views" });
+      const small = Object.values(steps).some((each) => Object.values(each).some((picture) => picture.w < 160));
+      const list = html("div", { class: small ? "views small" : "views" });
       if (steps[0] && steps[0].raw) list.append(figure(steps[0].raw, "base model", row));
       for (const [view, name] of [["raw", "weights"], ["ema", "EMA"]]) {
         const any = Object.entries(steps).some(([step, each]) => Number(step) > 0 && each[view]);

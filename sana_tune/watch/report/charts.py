@@ -141,7 +141,7 @@ def noise_levels(runs: Sequence[Run]) -> Iterable[Chart]:
             own = levels[(levels[:, 1] // width) == band]
             if len(own) < 2:
                 continue
-            half = half_window(len(own))
+            half = 3 * half_window(len(own))  # a band has few samples of each step
             mean = smooth(own[:, 2] * own[:, 3], half) / smooth(own[:, 2], half)
             x, y = sampled(steps[own[:, 0].astype(int)], mean)
             low, high = band / _BANDS, (band + 1) / _BANDS
@@ -233,7 +233,7 @@ def measured(runs: Sequence[Run]) -> Iterable[Chart]:
         plain = [name for name in own if not _LEVEL.search(name) and name.rpartition("/")[2] not in ("se", "loss")]
         top = [name for name in plain if name.count("/") < 2] or plain
         title = _FIRST_WORDS.get(first, first.replace("_", " ").capitalize())
-        one = (1.0, "base model") if first in _ONE else (0.0, "none") if first == "gap" else None
+        one = (1.0, "base model") if first in _ONE else (0.0, "no gap") if first == "gap" else None
         looks: dict[str, Any] = {"note": _NOTES.get(first, ""), "reference": one}
         if first in ("gap", "drift"):
             looks["format"] = "percent"
@@ -243,12 +243,13 @@ def measured(runs: Sequence[Run]) -> Iterable[Chart]:
             yield Chart("clip-prompts", "CLIP score by prompt", tuple(_tracks(runs, parts[:8])))
         elif parts:
             yield Chart(f"{first}-parts", f"{title} by part", tuple(_tracks(runs, parts[:8])), reference=one)
-        if losses := [name for name in own if name.endswith("/loss")]:
-            yield Chart(f"{first}-loss", f"{title}, absolute", tuple(_tracks(runs, losses[:8], drop="/loss")))
+        if first == "trained":  # stands beside the gap; the rest of it would say the same again
+            continue
+        if losses := [name for name in own if name.endswith("/loss") and name.count("/") == 2]:
+            yield Chart(f"{first}-loss", f"{title}, absolute", tuple(_tracks(runs, losses, drop="/loss")))
         if levels := [name for name in own if _LEVEL.search(name) and name.count("/") == 2]:
-            note = "The newest measurement at each noise level."
-            series = tuple(_over_levels(runs, levels))
-            yield Chart(f"{first}-sigma", f"{title} over noise level", series, note, x="σ", reference=one)
+            looks |= {"note": "The newest measurement at each noise level.", "x": "σ"}
+            yield Chart(f"{first}-sigma", f"{title} over noise level", tuple(_over_levels(runs, levels)), **looks)
 
 
 _LEVEL = re.compile(r"/sigma_([0-9.]+)$")
@@ -264,7 +265,8 @@ def _tracks(runs: Sequence[Run], names: Sequence[str], drop: str = "") -> Iterab
             x = np.array(list(points), float)
             y = np.array([values[name] for values in points.values()])
             error = np.array([values.get(f"{name}/se", np.nan) for values in points.values()])
-            band: dict[str, Any] = {"low": y - error, "high": y + error} if np.isfinite(error).any() else {}
+            shaded = np.isfinite(error).any() and len(names) <= 2  # more of them hide each other
+            band: dict[str, Any] = {"low": y - error, "high": y + error} if shaded else {}
             label = _of(run, runs, _word(name.removesuffix(drop)))
             if len(runs) == 1:
                 yield Series(label, x, y, place, "points", **band)

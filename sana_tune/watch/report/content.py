@@ -135,6 +135,7 @@ def ledgers(run: Run) -> list[dict[str, Any]]:
         left_out = entry.get("left_out") or []
         parts = [
             ("trained" if entry.get("role") in ("train", None) else "used", entry.get("trained") or 0, "good"),
+            ("held out", len(entry.get("held_out") or ()), "held"),
             ("left out", len(left_out), "bad"),
             ("not drawn", entry.get("not_drawn") or 0, "dim"),
         ]

@@ -61,11 +61,12 @@ def test_the_key_numbers(tmp_path):
 
 def test_the_ledger_counts_and_gives_reasons(tmp_path):
     left_out = [[f"{number}.jpg", "is damaged"] for number in range(60)]
-    entry = {"dataset": "d", "found": 100, "trained": 30, "not_drawn": 10, "left_out": left_out, "role": "regularise"}
+    entry = {"dataset": "d", "found": 100, "trained": 25, "not_drawn": 10, "left_out": left_out, "role": "regularise",
+             "held_out": list("abcde")}  # fmt: skip
     (tmp_path / "ledger.json").write_text(json.dumps({"datasets": [entry]}))
     (found,) = content.ledgers(Reader(tmp_path).read())
     assert [(part["name"], part["count"], part["share"]) for part in found["parts"]] == [
-        ("used", 30, 0.3), ("left out", 60, 0.6), ("not drawn", 10, 0.1),
+        ("used", 25, 0.25), ("held out", 5, 0.05), ("left out", 60, 0.6), ("not drawn", 10, 0.1),
     ]  # fmt: skip
     assert found["reasons"] == [("is damaged", 60)] and len(found["files"]) == 50 and found["more"] == 10
     assert found["role"] == "regularisation"
