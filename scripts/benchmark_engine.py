@@ -231,7 +231,7 @@ def steadiness(batch: int, steps: int) -> float:
 def preview_cost(model: Path, side: int, rounds: int) -> tuple[float, float, float]:
     """Seconds of 20 sampler steps on the CPU without and with previews, and the share that these cost, from pairs.
 
-    model: with nano's VAE and text encoder. side: of the pictures, px. The linear map is a random one: it costs the same.
+    model: with nano's VAE and text encoder. side: of the pictures, px. The linear map is random: it costs the same.
     """
     import torch
 
