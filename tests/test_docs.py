@@ -23,10 +23,11 @@ from sana_tune.config.datasets import DATASET_KINDS
 from sana_tune.config.describe import SCHEMAS, schema_path
 from sana_tune.config.json_schema import json_schema
 from sana_tune.config.load import load
-from sana_tune.config.prompt_library import read_library
+from sana_tune.config.prompt_library import PromptEntry, read_library
 from sana_tune.config.schema import section_of
 from sana_tune.config.sources import FILTER_KEYS, HUB_KEYS, TABLE_KEYS
 from sana_tune.config.watching import WEBHOOK_KEYS
+from sana_tune.config.validation_rules import SCRIPT_PLACEHOLDERS
 from scripts import build_docs
 from tests.journeys import test_mistakes as mistakes
 from tests.journeys.kit import pictures, small_run
@@ -170,7 +171,8 @@ OTHER_NAMES = frozenset({
     "memory_bytes", "by_sigma", "first_batches",
 })  # fmt: skip
 # Keys inside of blocks.
-BLOCK_KEYS = {*TABLE_KEYS, *HUB_KEYS, *FILTER_KEYS, *WEBHOOK_KEYS, *(field.name for field in fields(CaptionShuffle))}
+BLOCK_KEYS = {*TABLE_KEYS, *HUB_KEYS, *FILTER_KEYS, *WEBHOOK_KEYS, *(field.name for field in fields(CaptionShuffle)),
+              *PromptEntry.model_fields, *SCRIPT_PLACEHOLDERS}  # fmt: skip
 
 
 def test_settings_in_the_pages_exist():
