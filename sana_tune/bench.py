@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sana_tune.config.choices import OPTIMIZERS
 from sana_tune.config.schema import Config
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from sana_tune.data.batch import Batch
+    from sana_tune.model.blocks import Blocks
     from sana_tune.train.step import Parts
 
 MODELS: dict[str, str] = {
@@ -43,14 +44,24 @@ VARIANTS: dict[str, str] = {
     "eager": "ours",
     "compiled": "ours, dynamo_backend inductor",
 }
+# What may stand behind an optimizer's name, with colons between.
+WORDS: dict[str, str] = {
+    "bf16": "bf16 weights",
+    "release": "gradients released inside the backward pass, not clipped",
+    "clip": "with release: clipped by norm, in two passes",
+    "ema": "an average of the weights beside them",
+    "ema_cpu": "an average in main memory",
+}
 MAX_TOKENS = 300
 WARM_UP_STEPS = 3
+OPTIMIZER_COLUMN = 34
 _PRODUCT = {"cuda": 8192, "cpu": 1024}  # side of the matrices whose product says what the device can do
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What to measure. optimizers: name[:bf16][:release]. intervals: of recomputed blocks, 0 = none, "selective"."""
+    """What to measure. optimizers: a name, with what WORDS say behind it. intervals: of recomputed blocks, 0 = none,
+    "selective"."""
 
     model: str
     batches: tuple[int, ...] = (1,)
@@ -74,11 +85,15 @@ class Case:
     release: bool = False
     interval: int = 1
     selective: bool = False
+    clip: bool = False
+    ema: Literal["", "accelerator", "cpu"] = ""
 
     @property
     def weights(self) -> str:
         """The optimizer with what belongs to it, as it is asked for."""
-        return ":".join([self.optimizer, *["bf16"] * self.bf16, *["release"] * self.release])
+        average = {"": [], "accelerator": ["ema"], "cpu": ["ema_cpu"]}[self.ema]
+        words = [*["bf16"] * self.bf16, *["release"] * self.release, *["clip"] * self.clip, *average]
+        return ":".join([self.optimizer, *words])
 
     @property
     def recomputed(self) -> str:
@@ -106,9 +121,15 @@ class Measured:
     planned_bytes: int | None = None
     problem: str = ""
 
+    @property
+    def memory_ratio(self) -> float | None:
+        """What the plan says over what was taken: within 0.9 and 1.1 is the aim. None where nothing was seen."""
+        return self.planned_bytes / self.peak_bytes if self.planned_bytes and self.peak_bytes else None
+
     def to_json(self) -> dict[str, Any]:
         """Plain values in one level."""
-        return {**asdict(self.case), **{key: value for key, value in asdict(self).items() if key != "case"}}
+        values = {key: value for key, value in asdict(self).items() if key != "case"}
+        return {**asdict(self.case), **values, "memory_ratio": self.memory_ratio}
 
 
 @dataclass(frozen=True)
@@ -160,16 +181,29 @@ def cases_of(asked: Asked) -> tuple[Case, ...]:
 
 def _case(variant: str, batch: int, optimizer: str, interval: str) -> Case:
     name, *more = optimizer.split(":")
-    if name not in OPTIMIZERS or set(more) - {"bf16", "release"}:
-        what = (
-            f"an optimizer's name, with :bf16 and :release where wanted, such as optimi-lion:bf16; found {optimizer!r}"
-        )
+    wrong = set(more) - set(WORDS) or len(set(more)) < len(more) or {"ema", "ema_cpu"} <= set(more)
+    if name not in OPTIMIZERS or wrong:
+        words = "; ".join(f":{word}, {meaning}" for word, meaning in WORDS.items())
+        what = f"an optimizer's name, and where wanted {words}; found {optimizer!r}"
         raise UserError(Problem("--optimizers", what, "`sana_tune options optimizer` lists the names"))
+    if "clip" in more and "release" not in more:
+        what = f":clip belongs to :release, all others are clipped anyway; found {optimizer!r}"
+        raise UserError(Problem("--optimizers", what, "leave it out, or add :release"))
     number = interval.removeprefix("selective") or "1"
     if not number.isdecimal():
         what = f"0 for none, n for blocks 0, n, 2n …, or selective; found {interval!r}"
         raise UserError(Problem("--intervals", what, "such as --intervals 0,1,2,selective"))
-    return Case(variant, batch, name, "bf16" in more, "release" in more, int(number), interval.startswith("selective"))
+    return Case(
+        variant,
+        batch,
+        name,
+        bf16="bf16" in more,
+        release="release" in more,
+        interval=int(number),
+        selective=interval.startswith("selective"),
+        clip="clip" in more,
+        ema="cpu" if "ema_cpu" in more else "accelerator" if "ema" in more else "",
+    )
 
 
 def _is_possible(case: Case) -> bool:
@@ -265,14 +299,16 @@ def _measured(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        step = _stepper(case, config, asked, subject, side, accelerator)
+        step, blocks = _stepper(case, config, asked, subject, side, accelerator)
         for number in range(WARM_UP_STEPS):
             step(number)
+        if case.variant == "compiled" and (blocks is None or not blocks.compiled):
+            return Measured(case, planned_bytes=planned - OVERHEAD_BYTES, problem="could not be compiled")
         times = sorted(_timed(partial(step, WARM_UP_STEPS + number), device) for number in range(asked.steps))
     except torch.OutOfMemoryError:
         return Measured(case, planned_bytes=planned - OVERHEAD_BYTES, problem="out of memory")
     finally:
-        step = None
+        step = blocks = None
         if case.variant == "compiled":
             torch._dynamo.reset()
         empty_device_cache()
@@ -289,7 +325,9 @@ def _config(case: Case, precision: str) -> Config:
         "weights_dtype": "bf16" if case.bf16 else "fp32",
         "optimizer": case.optimizer,
         "optimizer_release_gradients": case.release,
-        "max_grad_norm": 0.0 if case.release else 0.1,
+        "max_grad_norm": 0.0 if case.release and not case.clip else 0.1,
+        "use_ema": bool(case.ema),
+        "ema_device": case.ema or "accelerator",
         "gradient_checkpointing": case.interval > 0,
         "gradient_checkpointing_interval": max(1, case.interval),
         "gradient_checkpointing_backend": "selective" if case.selective else "torch",
@@ -300,13 +338,13 @@ def _config(case: Case, precision: str) -> Config:
 
 def _stepper(
     case: Case, config: Config, asked: Asked, subject: Subject, side: int, accelerator: Accelerator
-) -> Callable[[int], None]:
-    """A function that does the step of that number."""
+) -> tuple[Callable[[int], None], Blocks | None]:
+    """A function that does the step of that number, and how the model's blocks are run."""
     import torch
 
     from sana_tune.model.attention import install
-    from sana_tune.model.blocks import arrange
-    from sana_tune.run import optimizer_of, release_of
+    from sana_tune.model.blocks import arrange, sample
+    from sana_tune.run import average_of, optimizer_of, release_of
     from sana_tune.schedule import Schedule
     from sana_tune.train.ema import NoEma
     from sana_tune.train.step import Parts, train_step
@@ -318,13 +356,17 @@ def _stepper(
         install(model)
     optimizer = optimizer_of(config, model, accelerator.device, bf16=case.bf16)
     recomputed = recomputed_blocks(len(model.transformer_blocks), case.interval) if case.interval else ()
-    arrange(model, recomputed, selective=case.selective, compiler="inductor" if case.variant == "compiled" else None)
+    compiler = "inductor" if case.variant == "compiled" else None
+    blocks = arrange(model, recomputed, selective=case.selective, compiler=compiler)
+    if blocks is not None and compiler is not None:  # as a run does: what cannot be compiled shows here, and is told
+        size = (case.batch, *[side // subject.facts.vae_factor] * 2)
+        blocks.warm_up(lambda size: sample(model, accelerator.autocast, *size), [size], list(model.parameters()))
     parts = Parts(
         accelerator=accelerator,
         transformer=model,
         optimizer=optimizer,
         schedule=Schedule("constant", config.optimizer.learning_rate, 1_000_000),
-        ema=NoEma(),
+        ema=average_of(config.ema, model) if case.ema else NoEma(),
         shift_at=lambda tokens: subject.facts.flow_shift,
         seed=0,
         max_grad_norm=config.optimizer.max_grad_norm,
@@ -332,7 +374,7 @@ def _stepper(
         compiled=case.variant == "compiled",
     )
     if case.variant == "diffusers":
-        return _bare(parts, _batch(case, subject, side, asked.tokens, padded=True))
+        return _bare(parts, _batch(case, subject, side, asked.tokens, padded=True)), blocks
     from sana_tune.data.order import MicroBatch
 
     batch = _batch(case, subject, side, asked.tokens, padded=False)
@@ -340,7 +382,7 @@ def _stepper(
     def step(number: int) -> None:
         train_step(parts, [(MicroBatch(number, 0, 0, tuple(range(case.batch))), batch)], Progress(number))
 
-    return step
+    return step, blocks
 
 
 def _batch(case: Case, subject: Subject, side: int, tokens: int, *, padded: bool) -> Batch:
@@ -380,8 +422,10 @@ def _bare(parts: Parts, batch: Batch) -> Callable[[int], None]:
         loss = F.mse_loss(predicted.float(), noise - x0)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, parts.max_grad_norm)
+        parts.ema.fence()
         parts.optimizer.step()
         parts.optimizer.zero_grad()
+        parts.ema.update(number + 1)
         loss.item()
 
     return step
@@ -398,21 +442,23 @@ def lines_of(asked: Asked, machine: Machine, found: Sequence[Measured]) -> list[
         f"{machine.device}, torch {machine.torch}, computing in {'fp32' if machine.precision == 'no' else 'bf16'}; "
         f"a matrix product reaches {machine.product_tflops:.3g} TFLOP/s here",
         "",
-        f"{'batch':>5}  {'variant':<9}  {'optimizer':<24}  {'recomputed':<16}  {'ms/step':>8}  {'images/s':>8}  "
-        f"{'TFLOP/s':>8}  {'of product':>10}  {'peak GB':>8}  {'planned':>8}  {'speed-up':>8}",
+        f"{'batch':>5}  {'variant':<9}  {'optimizer':<{OPTIMIZER_COLUMN}}  {'recomputed':<16}  {'ms/step':>8}  "
+        f"{'images/s':>8}  {'TFLOP/s':>8}  {'of product':>10}  {'peak GB':>8}  {'planned':>8}  {'plan/peak':>9}  "
+        f"{'speed-up':>8}",
     ]
     return lines + [_line(one, found) for one in found]
 
 
 def _line(one: Measured, found: Sequence[Measured]) -> str:
     case = one.case
-    start = f"{case.batch:>5}  {case.variant:<9}  {case.weights:<24}  {case.recomputed:<16}"
+    start = f"{case.batch:>5}  {case.variant:<9}  {case.weights:<{OPTIMIZER_COLUMN}}  {case.recomputed:<16}"
     if one.problem:
         return f"{start}  {one.problem}"
     plain = next((other for other in found if other.case == replace(case, variant="diffusers")), None)
     ratio = "" if plain is None or plain.problem else f"{plain.step_s / one.step_s:.2f}"
     peak, planned = ("" if size is None else f"{size / 1e9:.1f}" for size in (one.peak_bytes, one.planned_bytes))
+    memory = "" if one.memory_ratio is None else f"{one.memory_ratio:.2f}"
     return (
         f"{start}  {1000 * one.step_s:>8.1f}  {one.images_s:>8.3g}  {one.tflops:>8.3g}  {one.share:>10.0%}  "
-        f"{peak:>8}  {planned:>8}  {ratio:>8}"
+        f"{peak:>8}  {planned:>8}  {memory:>9}  {ratio:>8}"
     )

@@ -558,7 +558,7 @@ def plan_lines(plan: Plan, ledger: Ledger) -> list[str]:
         lines += [f"    {_bucket_line(bucket)}" for bucket in buckets if bucket.dataset == part.dataset]
     lines += [cache_line(cache) for cache in plan.caches]
     lines += [f"Noise: {line}" if number == 0 else f"    {line}" for number, line in enumerate(noise_lines(plan))]
-    lines.append(f"Learning rate: {plan.schedule.words}  {plan.schedule.picture()}")
+    lines.append(f"Learning rate: {rate_line(plan)}")
     if plan.weights.why:
         lines.append(f"Weights: {plan.weights.dtype} ({plan.weights.why})")
     lines.append(f"Length: {length_line(plan)}")
@@ -661,6 +661,11 @@ def noise_lines(plan: Plan, most: int = 3) -> list[str]:
     if len(lines) == 1:
         return [f"{levels.told()}, {lines[0]}"]
     return [levels.told(), *lines]
+
+
+def rate_line(plan: Plan) -> str:
+    """The learning rate in words, and its course over the run as a picture."""
+    return f"{plan.schedule.words}  {plan.schedule.picture()}"
 
 
 def length_line(plan: Plan) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
 from sana_tune.bench import (
     MODELS,
+    WARM_UP_STEPS,
     Asked,
     Case,
     Machine,
@@ -21,6 +23,7 @@ from sana_tune.bench import (
 )
 from sana_tune.errors import UserError
 from sana_tune.model.facts import KNOWN
+from sana_tune.train.ema import Ema
 from tests.fixtures import cached_sana
 
 
@@ -60,6 +63,9 @@ def test_the_cases_are_all_that_is_asked_for_and_possible():
     assert Case("eager", 2, "bnb-lion8bit", True, True, 3) in cases
     one = Case("eager", 1, "optimi-lion", True, False, 1, True)
     assert one in cases and (one.weights, one.recomputed) == ("optimi-lion:bf16", "all, selective")
+    words = ("optimi-adamw:bf16:release:clip:ema_cpu", "optimi-lion:ema")
+    asked_for = [case.weights for case in cases_of(dataclasses.replace(asked, variants=("eager",), optimizers=words))]
+    assert set(asked_for) == set(words), "every word is kept"
     words = {case.recomputed for case in cases}
     assert words == {"none", "1 of 3", "all, selective"}
 
@@ -69,6 +75,9 @@ def test_the_cases_are_all_that_is_asked_for_and_possible():
     [
         ({"variants": ("fast",)}, "'fast' is none of diffusers, eager, compiled"),
         ({"optimizers": ("optimi-lion:fp8",)}, "found 'optimi-lion:fp8'"),
+        ({"optimizers": ("optimi-lion:ema:ema_cpu",)}, "found 'optimi-lion:ema:ema_cpu'"),
+        ({"optimizers": ("optimi-lion:bf16:bf16",)}, "found 'optimi-lion:bf16:bf16'"),
+        ({"optimizers": ("optimi-lion:bf16:clip",)}, ":clip belongs to :release"),
         ({"optimizers": ("lion",)}, "sana_tune options optimizer"),
         ({"intervals": ("some",)}, "found 'some'"),
         ({"resolution": 100}, "--resolution"),
@@ -98,6 +107,65 @@ def test_every_kind_of_case_runs_on_nano():
     assert values["variant"] == "diffusers" and values["images_s"] == found[0].images_s and "case" not in values
 
 
+def tiny(**changes) -> Asked:
+    """What is asked of a model of width 64, one step each on the CPU."""
+    asked = Asked(str(cached_sana()), variants=("eager",), intervals=("0",), tokens=9, steps=1, device="cpu")
+    return dataclasses.replace(asked, **changes)
+
+
+def forwards(asked: Asked) -> int:
+    """How often the model is computed while one case is measured; that its operations are counted is not computing."""
+    found = 0
+
+    def look(module: torch.nn.Module, *_: object) -> None:
+        nonlocal found
+        if type(module).__name__ == "SanaTransformer2DModel":
+            found += not next(module.parameters()).is_meta
+
+    handle = torch.nn.modules.module.register_module_forward_hook(look)
+    try:
+        assert [one.problem for one in measure(asked)[1]] == [""]
+    finally:
+        handle.remove()
+    return found
+
+
+def test_clipping_of_released_gradients_is_measured_in_its_two_passes():
+    once = forwards(tiny(optimizers=("optimi-lion:release",)))
+    assert once == WARM_UP_STEPS + 1
+    assert forwards(tiny(optimizers=("optimi-lion:release:clip",))) == 2 * once
+
+
+def test_averages_are_measured_where_they_are_kept(monkeypatch):
+    kept = []
+    updated = Ema.update
+    monkeypatch.setattr(Ema, "update", lambda self, step: (kept.append(self.is_aside), updated(self, step))[0])
+    for words, aside in (("", None), (":ema", False), (":ema_cpu", True)):
+        kept.clear()
+        variants = ("diffusers", "eager") if words == ":ema" else ("eager",)
+        found = measure(tiny(variants=variants, optimizers=(f"optimi-adamw{words}",)))[1]
+        assert [one.problem for one in found] == [""] * len(variants)
+        steps = len(variants) * (WARM_UP_STEPS + 1)
+        assert kept == ([] if aside is None else [aside] * steps)
+
+
+def test_what_could_not_be_compiled_is_not_told_as_compiled(monkeypatch, tmp_path):
+    """The blocks go on as they are then: their speed under the name of compiled ones would be a lie."""
+    from torch._inductor import config
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    with config.patch({"cpp.cxx": ("/no/such/compiler",)}):
+        eager, compiled = measure(tiny(variants=("eager", "compiled")))[1]
+    assert not eager.problem and compiled.problem == "could not be compiled" and compiled.images_s == 0.0
+
+
+def test_compiled_blocks_are_measured(full):
+    if not full:
+        pytest.skip("minutes of C++ compiler: --full")
+    found = measure(tiny(variants=("compiled",), intervals=("0", "1")))[1]
+    assert [(one.problem, one.step_s > 0) for one in found] == [("", True)] * 2
+
+
 def test_the_table_shows_the_speed_up_over_diffusers_and_what_went_wrong():
     plain, ours = Case("diffusers", 8, "optimi-adamw"), Case("eager", 8, "optimi-adamw")
     found = [
@@ -113,6 +181,7 @@ def test_the_table_shows_the_speed_up_over_diffusers_and_what_went_wrong():
         "sana-1.6b-1024: 1,604,462,752 parameters, random; 1024x1024 px, 300 text tokens, 8.9 TFLOP a picture"
     )
     assert second == "a card, torch 2.13, computing in bf16; a matrix product reaches 800 TFLOP/s here"
-    assert one.split()[-6:] == ["20", "178", "22%", "40.0", "41.0", "1.00"]
+    assert one.split()[-7:] == ["20", "178", "22%", "40.0", "41.0", "1.02", "1.00"], "the plan beside the peak"
+    assert found[0].to_json()["memory_ratio"] == pytest.approx(1.025) and found[1].memory_ratio is None
     assert two.split()[-4:] == ["40", "356", "44%", "2.00"]
     assert three.split()[-3:] == ["out", "of", "memory"]

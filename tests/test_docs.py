@@ -26,8 +26,8 @@ from sana_tune.config.load import load
 from sana_tune.config.prompt_library import PromptEntry, read_library
 from sana_tune.config.schema import section_of
 from sana_tune.config.sources import FILTER_KEYS, HUB_KEYS, TABLE_KEYS
-from sana_tune.config.watching import WEBHOOK_KEYS
 from sana_tune.config.validation_rules import SCRIPT_PLACEHOLDERS
+from sana_tune.config.watching import WEBHOOK_KEYS
 from scripts import build_docs
 from tests.journeys import test_mistakes as mistakes
 from tests.journeys.kit import pictures, small_run

@@ -40,6 +40,7 @@ from sana_tune.plan import (
     noise_lines,
     pace_of,
     plan_lines,
+    rate_line,
     saving_line,
     saving_plan,
     schedule_lines,
@@ -139,6 +140,18 @@ def test_the_disk_it_needs(tmp_path, facts):
     assert caches[0].misses == 2 and caches[1].misses == 0
     assert latent_bytes(Size(384, 640), facts) == 12 * 20 * 32 * 4
     assert text_bytes(facts, 0) == 0 < text_bytes(facts, 1) < text_bytes(facts, 2)
+
+
+def test_the_plan_draws_the_learning_rate_over_the_runs_true_length(tmp_path, facts):
+    made = plan(tmp_path, facts, lr_scheduler="linear", lr_warmup_steps=50, max_train_steps=100, learning_rate=2e-5)
+    line = rate_line(made)
+    assert line.startswith("linear, peak 2e-05, 50 steps of warm-up, 4e-07 at the last step  ▁")
+    drawn = line.rpartition("  ")[2]
+    assert len(drawn) == 40 and drawn.index("█") in range(17, 22) and drawn.endswith("▁"), "up half the way, then down"
+    assert f"Learning rate: {line}" in plan_lines(made, Ledger(()))
+    accumulated = plan(tmp_path, facts, lr_scale_sqrt=True, gradient_accumulation_steps=4, max_train_steps=9)
+    assert accumulated.schedule.peak_lr == pytest.approx(1e-5 * (4 * 2.8) ** 0.5), "pictures of a step"
+    assert accumulated.schedule.total_steps == 9
 
 
 def test_noise_levels_are_told_with_a_picture(tmp_path, facts):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from sana_tune.errors import UserError
 from sana_tune.log import log
 from sana_tune.output import Output
 from sana_tune.prepare import prepare, weights_dtype, write_down
-from sana_tune.run import run, without
+from sana_tune.run import release_of, run, without
 from sana_tune.watch.events import CacheProgress, Finished, Saved, Started, Stepped, Validated
 from tests.config.helpers import write_files
 from tests.journeys.kit import Heard, metrics_of, one_thread, pictures, small_run
@@ -40,6 +41,18 @@ from tests.journeys.kit import Heard, metrics_of, one_thread, pictures, small_ru
 def test_the_precision_is_what_was_asked_or_what_suits_the_device(asked, environ, wanted, drawn_in, tmp_path):
     loaded = load(write_files(tmp_path, {"device": "cpu", **asked}), {}, environ)
     assert (precision(loaded), autocast_dtype(loaded, weights_dtype(loaded.config))) == (wanted, drawn_in)
+
+
+def test_several_processes_release_no_gradients(tmp_path):
+    """What stands in the way is said, with what was found and what to do."""
+    config = load(write_files(tmp_path, {"optimizer_release_gradients": True}), {}, {}).config
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), 1e-3)
+    several: Any = SimpleNamespace(num_processes=2)  # starting two takes half a minute, and this is all that is read
+    with pytest.raises(UserError, match=r"needs one process: .*; found 2\n.*train with one process"):
+        release_of(config.optimizer, several, layer, optimizer)
+    several.num_processes = 1
+    assert release_of(config.optimizer, several, layer, optimizer) is not None
 
 
 @pytest.mark.parametrize(("asked", "seed"), [({}, 0), ({"seed": 5}, 5), ({"seed": 5, "validation_seed": 0}, 0)])

@@ -28,6 +28,7 @@ from sana_tune.plan import (
     length_line,
     memory_lines,
     noise_lines,
+    rate_line,
     schedule_lines,
     time_lines,
 )
@@ -282,6 +283,9 @@ def _plan(plan: Plan, width: int) -> Iterator[Line]:
     """Length, caches, disk, memory and time."""
     yield from _labelled("Length", [length_line(plan), *schedule_lines(plan)], width)
     yield from _labelled("Noise", noise_lines(plan), width)
+    yield from _labelled("Rate", [rate_line(plan)], width)
+    if plan.weights.why:
+        yield from _labelled("Weights", [f"{plan.weights.dtype} ({plan.weights.why})"], width)
     yield from _labelled("Caches", [_cache(cache) for cache in plan.caches], width)
     yield from _labelled("Disk", [disk_line(plan)], width)
     yield from _labelled("Held-out", evaluation_lines(plan), width)

@@ -349,7 +349,11 @@ def bench(
         str, typer.Option(metavar="NAMES", help="Some of diffusers, eager, compiled.")
     ] = "diffusers,eager,compiled",
     optimizers: Annotated[
-        str, typer.Option(metavar="NAMES", help="Names, with :bf16 and :release: bnb-lion8bit:bf16:release.")
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Names, with :bf16, :release (:clip in two passes), :ema or :ema_cpu: bnb-lion8bit:bf16:release.",
+        ),
     ] = "optimi-adamw",
     intervals: Annotated[
         str, typer.Option(metavar="N,N", help="Blocks recomputed: 0 none, n every n-th, selective.")

@@ -13,7 +13,7 @@ LR_SCHEDULERS: dict[str, str] = {
     "polynomial": "warm-up, then falls as (1 - t)^lr_power to lr_end at the last step",
     "cosine": "warm-up, then falls as half a cosine to lr_end at the last step",
     "cosine_with_restarts": "warm-up, then lr_num_cycles times half a cosine, each from the peak to lr_end",
-    "inverse_sqrt": "warm-up over w steps, then falls as the square root of w / step (without warm-up: 1 / step)",
+    "inverse_sqrt": "warm-up over w steps, then falls as the square root of w / step (without warm-up, w = 10,000)",
 }
 
 # Names of the trainer that users come from, and why they are none here.

@@ -280,11 +280,15 @@ class OptimizerConfig(Section):
         None, 'further options of the optimizer, "name=value,name=value"; unset = its defaults'
     )
     optimizer_release_gradients: bool = setting(
-        False, "update each weight inside the backward pass and free its gradient at once"
+        False,
+        "update each weight inside the backward pass and free its gradient at once; with max_grad_norm in two passes",
     )
     lr_scheduler: SchedulerName = setting("constant_with_warmup", "shape of the learning rate over the run")
     lr_end: float | None = setting(
-        None, "learning rate at the last step of polynomial and cosine; unset = 4e-7 for polynomial, 0 for cosine", ge=0
+        None,
+        "learning rate at the last step of polynomial, cosine and cosine_with_restarts; unset = 4e-7 for polynomial, "
+        "0 for the others",
+        ge=0,
     )
     lr_power: float = setting(0.8, "power of polynomial; 1 = a straight line", gt=0)
     lr_num_cycles: int = setting(1, "cycles of cosine_with_restarts", unit="cycles", ge=1)

@@ -178,9 +178,14 @@ def _fused(attn: Any, tokens: Tensor) -> Tensor:
 
 
 def _normed(norm: Any, states: Tensor) -> Tensor:
-    """RMS norm over the whole width, as diffusers computes it, by torch's one function for it."""
-    if norm is None or norm.bias is not None or norm.weight is None or not untouched(norm):
-        return states if norm is None else norm(states)
+    """RMS norm over the whole width, as diffusers computes it, by torch's one function for it.
+
+    Another module in its place, such as an adapter's, is called.
+    """
+    if norm is None:
+        return states
+    if type(norm).__name__ != "RMSNorm" or norm.bias is not None or norm.weight is None or not untouched(norm):
+        return norm(states)
     return F.rms_norm(states.to(norm.weight.dtype), norm.weight.shape, norm.weight, norm.eps)
 
 
@@ -252,11 +257,15 @@ def _autocast(tensor: Tensor) -> bool:
 
 
 def install(transformer: Any) -> None:
-    """Give every block of a SanaTransformer2DModel our attention and feed-forward. Weights and names do not change."""
+    """Give every block of a SanaTransformer2DModel our attention and feed-forward. Weights and names do not change.
+
+    A feed-forward that an adapter has replaced or patched as a whole stays as it is.
+    """
     for block in transformer.transformer_blocks:
         block.attn1.set_processor(LinearAttention())
         block.attn2.set_processor(CrossAttention())
-        block.ff.forward = MethodType(feed_forward, block.ff)
+        if type(block.ff).__name__ == "GLUMBConv" and "forward" not in vars(block.ff):
+            block.ff.forward = MethodType(feed_forward, block.ff)
 
 
 @contextmanager
@@ -266,19 +275,26 @@ def published(transformer: Any) -> Iterator[None]:
     from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 
     blocks = transformer.transformer_blocks
-    ours = [(block.attn1.processor, block.attn2.processor, block.ff.__dict__.get("forward")) for block in blocks]
-    for block in blocks:
+    ours = [(block.attn1.processor, block.attn2.processor, _is_ours(block.ff)) for block in blocks]
+    for block, (_, _, is_ours) in zip(blocks, ours, strict=True):
         block.attn1.set_processor(SanaLinearAttnProcessor2_0())
         block.attn2.set_processor(SanaAttnProcessor2_0())
-        block.ff.__dict__.pop("forward", None)
+        if is_ours:
+            del block.ff.forward
     try:
         yield
     finally:
-        for block, (linear, cross, forward) in zip(blocks, ours, strict=True):
+        for block, (linear, cross, is_ours) in zip(blocks, ours, strict=True):
             block.attn1.set_processor(linear)
             block.attn2.set_processor(cross)
-            if forward is not None:
-                block.ff.forward = forward
+            if is_ours:
+                block.ff.forward = MethodType(feed_forward, block.ff)
+
+
+def _is_ours(ff: nn.Module) -> bool:
+    """Whether a feed-forward runs our way; an adapter's own forward is not ours to take off."""
+    forward = vars(ff).get("forward")
+    return isinstance(forward, MethodType) and forward.__func__ is feed_forward
 
 
 def trimmed(text: Tensor, mask: Tensor, multiple: int = 8, *, masked: bool = False) -> tuple[Tensor, Tensor | None]:

@@ -26,12 +26,13 @@ THEIRS = [
     *("bnb-adam", "bnb-adam8bit", "bnb-adagrad", "bnb-adagrad8bit"),
     *(f"bnb-{name}{kind}" for name in ("adamw", "lion", "ademamix")
       for kind in ("", "-8bit", "8bit", "-paged", "-8bit-paged", "8bit-paged")),
-    *("sdnq-adamw", "sdnq-adamw+no_quant", "sdnq-adafactor", "sdnq-came", "sdnq-lion", "sdnq-muon"),
+    *("sdnq-adamw", "sdnq-adamw+no_quant", "sdnq-adafactor", "sdnq-came", "sdnq-lion", "sdnq-muon",
+      "sdnq-muon+quantized_matmul"),
 ]  # fmt: skip
 
 
 def test_every_name_of_theirs_is_there_or_refused_with_the_nearest() -> None:
-    assert len(THEIRS) == 59
+    assert len(THEIRS) == 60
     known = {*OPTIMIZER_FACTS, *SAME_OPTIMIZER, *REFUSED_OPTIMIZERS}
     assert [name for name in THEIRS if name not in known] == []
     assert not set(REFUSED_OPTIMIZERS) & set(OPTIMIZER_FACTS)

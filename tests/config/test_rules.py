@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sana_tune.config.load import load
+from sana_tune.config.optimizers import OPTIMIZER_FACTS, REFUSED_OPTIMIZERS
 from sana_tune.config.rules import (
     bf16_keeps_its_rest,
     check_rules,
@@ -16,6 +18,7 @@ from sana_tune.config.rules import (
     needs_instance_prompt,
 )
 from tests.config.helpers import load_with, problems_of, write_list
+from tests.config.test_optimizers import THEIRS
 
 
 def test_rules_pass_on_good_settings(tmp_path: Path) -> None:
@@ -308,6 +311,20 @@ def test_settings_of_another_distribution_or_loss_are_noted(tmp_path: Path, conf
 )  # fmt: skip
 def test_a_contradiction_of_the_optimizer_is_told(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     assert message in problems_of(tmp_path, settings, {})
+
+
+def test_every_optimizer_of_theirs_loads_or_is_refused_with_one_that_does(tmp_path: Path) -> None:
+    """From a file, as a user has it; what the refusal names is itself taken."""
+    loaded = {}
+    for name in THEIRS:
+        if name in REFUSED_OPTIMIZERS:
+            told = problems_of(tmp_path, {"optimizer": name})
+            (near,) = re.findall(r"the nearest is (\S+)", told)
+            assert f"'{name}' cannot be used here" in told
+            name = near
+        loaded[name] = load_with(tmp_path, {"optimizer": name}).config.optimizer.optimizer
+    assert set(loaded.values()) <= set(OPTIMIZER_FACTS) and loaded["bnb-lion-8bit-paged"] == "bnb-lion8bit-paged"
+    assert set(loaded) >= {name for name in THEIRS if name not in REFUSED_OPTIMIZERS}
 
 
 @pytest.mark.parametrize(

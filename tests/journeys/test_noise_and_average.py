@@ -208,6 +208,15 @@ def test_check_draws_the_distribution(home: Path, capsys: pytest.CaptureFixture[
     assert "Noise     beta (2, 2), shift 1: median 0.50" in said and "█" in said
 
 
+def test_check_draws_the_learning_rate_and_says_what_the_weights_are(home: Path, capsys: pytest.CaptureFixture[str]):
+    flags = "--lr_scheduler cosine --lr_warmup_steps 2 --max_train_steps 20"
+    assert exit_code(["check", "--config", str(home / "plain/config.json"), *flags.split()]) == 0
+    said = capsys.readouterr().out
+    (rate,) = [line for line in said.splitlines() if line.startswith("Rate")]
+    assert rate.startswith("Rate      cosine, peak ") and "2 steps of warm-up" in rate
+    assert "█▇" in said and "\nWeights   fp32 (" in said
+
+
 def test_ema_validation_chooses_the_pictures(home: Path, tmp_path: Path):
     train(
         home, tmp_path, "--use_ema --ema_validation ema_only", validation_disable=False, validation_prompt="a star",

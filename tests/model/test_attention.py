@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from copy import deepcopy
+from types import MethodType
+
 import pytest
 import torch
 from diffusers import SanaTransformer2DModel
@@ -97,6 +101,50 @@ def test_equals_diffusers_in_fp32_forward_and_backward(kind, full, size):
     assert worst(answer(model, values), theirs) <= 1e-5
 
 
+def _linear(block) -> None:
+    block.attn1.set_processor(LinearAttention())
+
+
+def _cross(block) -> None:
+    block.attn2.set_processor(CrossAttention())
+
+
+def _feed(block) -> None:
+    block.ff.forward = MethodType(attention.feed_forward, block.ff)
+
+
+REWRITES = {"linear attention": _linear, "cross-attention": _cross, "feed-forward": _feed}
+
+
+@pytest.mark.parametrize("rewrite", REWRITES)
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "plain"])
+def test_each_rewrite_alone_equals_diffusers(kind, rewrite):
+    """In fp32 to 1e-5, and in bf16 as near the truth as diffusers: none hides behind the others."""
+    model = MODELS[kind]()
+    truth = answer(model, inputs(model))
+    low, values = deepcopy(model).to(torch.bfloat16), inputs(model, dtype=torch.bfloat16)
+    theirs = answer(low, values)
+    for block in (*model.transformer_blocks, *low.transformer_blocks):
+        REWRITES[rewrite](block)
+    assert worst(answer(model, inputs(model)), truth) <= 1e-5
+    ours = answer(low, values)
+    assert error(ours[0], truth[0]) <= 1.2 * error(theirs[0], truth[0]) + 1e-3 < 0.05
+    ours_off, theirs_off = (error(whole(found[1]), whole(truth[1])) for found in (ours, theirs))
+    assert ours_off <= 1.2 * theirs_off + 1e-3 < 0.1
+
+
+def test_no_mask_is_diffusers_with_a_mask_of_ones():
+    """A full batch gets none: what diffusers computes with a mask that hides nothing."""
+    model = tiny_transformer()
+    values = {**inputs(model, full=True), "encoder_attention_mask": torch.ones(2, 7, dtype=torch.int64)}
+    theirs = answer(model, values)
+    install(model)
+    text, mask = trimmed(values["encoder_hidden_states"], values["encoder_attention_mask"])
+    assert mask is None
+    ours = answer(model, {**values, "encoder_hidden_states": text, "encoder_attention_mask": mask})
+    assert worst(ours, theirs) <= 1e-5
+
+
 @pytest.mark.parametrize("autocast", [True, False], ids=["fp32 masters", "bf16 weights"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_in_bf16_it_is_as_near_the_truth_as_diffusers(kind, autocast):
@@ -152,6 +200,44 @@ def products(run) -> set[torch.dtype]:
     with Watch():
         run()
     return seen
+
+
+def operations(model, values) -> tuple[Counter[str], int]:
+    """How often each operator runs in a forward pass, and how many masks softmax attention gets."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    found: Counter[str] = Counter()
+    masks: list[Tensor] = []  # they are kept, so that no place in memory is used twice
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function._overloadpacket.__name__
+            found[name] += 1
+            if name.startswith("_scaled_dot_product"):
+                masks.append((kwargs or {})["attn_mask"])
+            if name == "convolution" and args[1].shape[2:] == (1, 1):
+                found["pointwise convolution"] += 1
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Watch():
+        model(**values, return_dict=False)
+    return found, len({mask.untyped_storage().data_ptr() for mask in masks})
+
+
+def test_the_work_that_each_rewrite_saves_is_saved():
+    """One product in place of three, no 1x1 convolution in a block, and one mask for all blocks as it was built."""
+    layers = 3
+    model = tiny_transformer(layers=layers)
+    values = inputs(model)
+    theirs, their_masks = operations(model, values)
+    install(model)
+    ours, our_masks = operations(model, values)
+    patch = 1  # of the embedding, which stays a convolution
+    assert theirs["pointwise convolution"] == 2 * layers + patch and ours["pointwise convolution"] == patch
+    linears = sum(ours[name] - theirs[name] for name in ("mm", "addmm"))
+    fused = layers * 2 if attention.LARGE == 0 else 0
+    assert linears == 2 * layers - fused, "convolutions became products; of q, k and v two of three are gone"
+    assert (our_masks, their_masks) == (1, layers)
 
 
 def test_stays_in_fp32_under_bf16_autocast():
@@ -255,6 +341,57 @@ def test_a_patched_norm_is_called(layer):
     theirs = answer(model, values)
     install(model)
     assert worst(answer(model, values), theirs) <= 1e-5
+
+
+@pytest.mark.parametrize("replaced", ["another class", "a norm without bias"])
+@pytest.mark.parametrize("layer", ["attn1.norm_q", "attn2.norm_k"])
+def test_a_replaced_norm_is_called(layer, replaced):
+    """PEFT puts a class of its own in the place; another kind of norm has the same attributes and another result."""
+    model = tiny_transformer(layers=1, qk_norm=True)
+    values = inputs(model)
+    parent, _, name = layer.rpartition(".")
+    holder = model.transformer_blocks[0].get_submodule(parent)
+    before = holder.get_submodule(name)
+    other = nn.Sequential(before, nn.Tanh()) if replaced == "another class" else nn.LayerNorm(64, bias=False)
+    holder.register_module(name, other)
+    theirs = answer(model, values)
+    install(model)
+    assert worst(answer(model, values), theirs) <= 1e-5
+
+
+def test_a_patched_feed_forward_is_called_and_comes_back():
+    """An adapter on the whole of it: neither `install` nor `published` takes it off."""
+    model = tiny_transformer(layers=2)
+    values = inputs(model)
+    before = answer(model, values)
+    Bent(model.transformer_blocks[0].ff)
+    theirs = answer(model, values)
+    assert error(before[0], theirs[0]) > 1e-4
+    install(model)
+    assert worst(answer(model, values), theirs) <= 1e-5
+    with published(model):
+        assert worst(answer(model, values), theirs) <= 1e-5
+    assert worst(answer(model, values), theirs) <= 1e-5
+    assert "forward" in vars(model.transformer_blocks[1].ff), "the other block has ours"
+
+
+def test_layers_quantised_by_bitsandbytes_are_called():
+    """nf4 packs its weight: what would be read of it is no matrix."""
+    from bitsandbytes.nn import Linear4bit
+
+    model = tiny_transformer(layers=1).requires_grad_(False)
+    for holder in (model.transformer_blocks[0].attn1, model.transformer_blocks[0].attn2):
+        for name in ("to_q", "to_k", "to_v"):
+            plain = holder.get_submodule(name)
+            packed = Linear4bit(64, 64, bias=plain.bias is not None, compute_dtype=torch.float32, quant_type="nf4")
+            packed.load_state_dict(plain.state_dict())
+            holder.register_module(name, packed.to("cpu"))
+    assert model.transformer_blocks[0].attn1.to_q.weight.shape != (64, 64)
+    values = inputs(model)
+    with torch.no_grad():
+        theirs = model(**values, return_dict=False)[0]
+        install(model)
+        assert error(model(**values, return_dict=False)[0], theirs) <= 1e-5
 
 
 @pytest.mark.parametrize("layer", LAYERS)

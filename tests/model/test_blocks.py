@@ -37,9 +37,9 @@ def told(caplog, monkeypatch):
     return lambda: [record.getMessage() for record in caplog.records if record.name == log.name]
 
 
-def model_of(layers: int = LAYERS):
+def model_of(layers: int = LAYERS, qk_norm: bool = False):
     torch.manual_seed(0)
-    model = tiny_transformer(layers=layers).train()
+    model = tiny_transformer(layers=layers, qk_norm=qk_norm).train()
     install(model)
     return model
 
@@ -195,13 +195,14 @@ def test_compiled_blocks_give_the_same_and_each_size_is_compiled_once(recomputed
     assert list(model.state_dict()) == list(plain.state_dict())
 
 
-def test_a_block_is_compiled_once_for_all_of_its_kind():
-    model = model_of(6)
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_block_is_compiled_once_for_all_of_its_kind(qk_norm, told):
+    model, plain = model_of(6, qk_norm), model_of(6, qk_norm)
     counter = CompileCounterWithBackend("eager")
     arrange(model, compiler=counter)
-    backward(model)
-    backward(model)
-    assert counter.frame_count == 1
+    for _ in range(2):
+        assert same(backward(model), backward(plain), 1e-5)
+    assert counter.frame_count == 1 and not told()
 
 
 def test_drawing_does_not_use_the_compiled_blocks():

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from sana_tune.errors import UserError
+from sana_tune.log import log
 from sana_tune.progress import Every, Progress
+from sana_tune.train import folders
 from sana_tune.train.checkpoint import Checkpoints
 from sana_tune.train.loop import fit
 from sana_tune.train.signals import Stop
-from sana_tune.train.step import Parts, StepResult, train_step
+from sana_tune.train.step import Parts, StepResult, micro_loss, train_step
 from sana_tune.train.validate import NoValidator
 from sana_tune.watch.events import Event, Started, Stepped
 from sana_tune.watch.sinks import Watcher
@@ -114,6 +116,54 @@ def test_without_it_a_bad_gradient_is_taken_as_zero_and_said(where: str):
     assert differences(average, now) == [], "the average does not follow"
 
 
+def exact_gradients(parts: Parts, micro_batches) -> list[torch.Tensor]:
+    """Of the mean loss of all micro-batches, at once and by nothing of the step but its loss."""
+    count = len(micro_batches)
+    losses = [micro_loss(parts, batch, 0, number, count) for number, (_, batch) in enumerate(micro_batches)]
+    return list(torch.autograd.grad(torch.stack(losses).mean(), parts.trained))
+
+
+@pytest.mark.parametrize(("accumulation", "release"), [(1, True), (1, False), (3, False)])
+def test_the_gradients_are_those_of_the_mean_loss(accumulation: int, release: bool):
+    """SGD without momentum moves weights by the gradient itself."""
+    settings = {"optimizer": "torch-sgd", "lr": 1.0, "max_grad_norm": 0.0, "ema_decay": None, "total_steps": 3}
+    parts = make_parts(**settings, release=release)
+    micro_batches = next(ToyBatches(accumulation).steps(0, 1))
+    expected = exact_gradients(parts, micro_batches)
+    before = [weight.detach().clone() for weight in parts.trained]
+    result = train_step(parts, micro_batches, Progress())
+    for weight, start, gradient in zip(parts.trained, before, expected, strict=True):
+        moved = (start - weight.detach()) / result.learning_rate
+        torch.testing.assert_close(moved, gradient, rtol=1e-4, atol=1e-6)
+    norm = torch.linalg.vector_norm(torch.cat([gradient.flatten() for gradient in expected]))
+    assert result.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["optimi-adamw", "bnb-lion8bit", "torch-adamw", "came"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_after_a_resume_the_schedule_still_reaches_the_weights(optimizer: str, dtype: torch.dtype, tmp_path: Path):
+    """optimi's own gradient release keeps copies of its groups in a checkpoint: the rate would stand still."""
+    settings = {"optimizer": optimizer, "dtype": dtype, "max_grad_norm": 0.0, "release": True, "scheduler": "linear"}
+    saved = make_parts(**settings)
+    run(saved, 3)
+    Checkpoints(tmp_path).save(saved, Progress(3))
+    resumed = make_parts(**settings)
+    Checkpoints(tmp_path).restore(resumed, folders.find(tmp_path, "latest"))
+    rates = []
+    for step in (3, 10, 19, 20):
+        before = weights(resumed)
+        result = train_step(resumed, next(ToyBatches().steps(step, step + 1)), Progress(step))
+        rates.append(result.learning_rate)
+        assert {group["lr"] for group in resumed.optimizer.param_groups} == {result.learning_rate}
+        moved = [
+            name
+            for name, value in weights(resumed).items()
+            if name.startswith("weights") and not torch.equal(before[name], value)
+        ]
+        assert bool(moved) is (step < 20), "with the rate at 0 nothing moves"
+    assert rates == sorted(rates, reverse=True) and rates[-1] == 0.0
+
+
 # ---- the loop goes back ----
 
 
@@ -141,14 +191,17 @@ def fitted(output: Path, parts: Parts, bad: tuple[int, ...], *, save_every: int 
     return kept.events
 
 
-def test_it_goes_back_to_its_checkpoint_and_passes_the_step_over(tmp_path: Path):
+def test_it_goes_back_to_its_checkpoint_and_passes_the_step_over(tmp_path: Path, caplog, monkeypatch):
     """As if the step had been skipped before anything moved, which is what a run without release does."""
+    monkeypatch.setattr(log, "propagate", True)
     plain = make_parts(max_grad_norm=0.0)
     fitted(tmp_path / "plain", plain, (5,))
     released = make_parts(max_grad_norm=0.0, release=True)
     events = fitted(tmp_path / "released", released, (5,))
     differing = differences(weights(plain), weights(released))
     assert differing == []
+    (said,) = [record.getMessage() for record in caplog.records if "going back" in record.getMessage()]
+    assert said.startswith("step 6: the gradient is not finite") and "checkpoint-3; the step is passed over" in said
     (first, again) = [event for event in events if isinstance(event, Started)]
     assert first.progress.step == 0 and again.progress.step == 3 and "checkpoint-3" in str(again.resumed_from)
     trained = [(event.progress.step, event.skipped) for event in events if isinstance(event, Stepped)]

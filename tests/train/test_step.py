@@ -169,6 +169,23 @@ def test_bf16_trains(dtype: torch.dtype, mixed_precision: str):
     assert {parameter.dtype for parameter in parts.trained} == {dtype}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_noised_picture_is_made_in_fp32_and_cast_last(dtype: torch.dtype):
+    """Mixed in bf16 it would be another picture; the timestep is never rounded."""
+    parts, seen = make_parts(dtype=dtype), []
+    parts.bare.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    _, batch = ToyBatches().micro_batch(0, 1)
+    micro_loss(parts, batch, 0, 0)
+    sigma, noise = drawn(7, 0, 0, batch.latents.shape, 3.0)
+    level = sigma[:, None, None, None]
+    mixed = (1 - level) * batch.latents + level * noise
+    (inputs,) = seen
+    assert torch.equal(inputs["hidden_states"], mixed.to(dtype))
+    assert torch.equal(inputs["timestep"], 1000 * sigma) and inputs["timestep"].dtype == torch.float32
+    low = (1 - level).to(dtype) * batch.latents.to(dtype) + level.to(dtype) * noise.to(dtype)
+    assert torch.equal(inputs["hidden_states"], low) is (dtype == torch.float32), "what rounding would make of it"
+
+
 def test_the_loss_falls():
     batches = ToyBatches()
     batches.micro_batch = lambda step, index: ToyBatches.micro_batch(batches, step, 1)  # one batch over and over
