@@ -363,7 +363,7 @@ class LaunchConfig(Section):
         None, "port that the first machine listens at; unset = a free one, for one machine", ge=1, le=65535
     )
     accelerate_config: str | None = setting(
-        None, "accelerate's config file; unset = the one of `accelerate config` where that asks for several processes"
+        None, "accelerate's config file; unset = its default, where that asks for several processes"
     )
     accelerate_extra_args: str | None = setting(None, 'further words for `accelerate launch`, such as "--gpu_ids 0,1"')
 
@@ -453,7 +453,7 @@ class ValidationConfig(Section):
 class EvaluationConfig(Section):
     eval_steps_interval: int | None = setting(
         None, "optimizer steps between measurements of the held-out loss; 0 = only start and end; unset = as "
-        "validation_step_interval, or none with eval_epoch_interval", unit="steps", ge=0
+        "validation_step_interval; none with eval_epoch_interval", unit="steps", ge=0
     )  # fmt: skip
     eval_epoch_interval: float | None = setting(
         None, "epochs between them, fractions too; unset = none, by steps alone", unit="epochs", ge=0

@@ -65,7 +65,7 @@ def test_everything_about_a_setting(capsys):
         ("validation_steps", ("read as validation_step_interval", "validation_step_interval\n", "also read as")),
         ("--enable_watermark", ("enable_watermark: not built yet: accepted with a note",)),
         ("mixflow_enabled", ("mixflow_enabled: not built yet, and it changes what is trained: refused unless",)),
-        ("validation_preview_steps", ("also off: 1",)),
+        ("gradient_precision", ("also off: unmodified",)),
         ("trust_remote_code", ("no effect here: no code of a repository is ever run",)),
         ("model_flavour", ("refused unless it is off: name the repository",)),
     ],

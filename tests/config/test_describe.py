@@ -92,7 +92,7 @@ def test_every_foreign_key_has_a_fate():
     assert told(found["save_total_limit"]) == "renamed: read as checkpoints_total_limit"
     assert told(found["model_flavour"]).startswith("refused unless it is off: name the repository")
     assert told(found["trust_remote_code"]).startswith("no effect here: ")
-    assert found["validation_preview_steps"].off == (1,)
+    assert found["gradient_precision"].off == ("unmodified",)
     assert all(told(foreign) for foreign in found.values())
 
 

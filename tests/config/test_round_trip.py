@@ -31,7 +31,7 @@ from sana_tune.config.choices import (
 from sana_tune.config.datasets import ImageDataset
 from sana_tune.config.files import resolve
 from sana_tune.config.load import Loaded, load, parse_overrides
-from sana_tune.config.schema import SECTIONS
+from sana_tune.config.schema import SECTIONS, LaunchConfig
 from sana_tune.config.sources import SourceSettings
 from sana_tune.errors import UserError
 from sana_tune.output import Output
@@ -93,7 +93,7 @@ BY_HAND = {"pretrained_model_name_or_path", "data_backend_config", "id", "instan
            "gradient_checkpointing_segment_stride", "dynamo_backend", "validation_method",
            "validation_external_script", "eval_dataset_id",
            "webhook_config", "post_checkpoint_script", "post_upload_script", "modelspec_comment",
-           "disk_low_action", "checkpoints_keep_every"}  # fmt: skip
+           "disk_low_action", "checkpoints_keep_every", *LaunchConfig.model_fields}  # fmt: skip
 
 
 def values_of(info: FieldInfo) -> st.SearchStrategy[Any]:
@@ -217,7 +217,7 @@ def test_flags_mean_what_the_file_means(folder: Path, config: dict) -> None:
     assert load(base, {}, environ={}).config == flags.config
 
 
-@settings(max_examples=300, deadline=1000, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(st.binary(max_size=400) | st.text(string.printable, max_size=400).map(str.encode), st.sampled_from(
     ["json", "toml", "yaml", "env"]), st.booleans())  # fmt: skip
 def test_no_bytes_crash_the_loader(folder: Path, content: bytes, ending: str, as_datasets: bool) -> None:
@@ -243,7 +243,7 @@ KEYS = st.sampled_from(sorted({*(key for kind in SECTIONS.values() for key in ki
 DATASET_KEYS = st.sampled_from([*ImageDataset.model_fields, "type", "dataset_type", "conditioning_type"])
 
 
-@settings(max_examples=300, deadline=1000, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(st.dictionaries(KEYS, JSON, max_size=6), st.lists(st.dictionaries(DATASET_KEYS, JSON, max_size=6), max_size=3))
 def test_no_values_crash_the_loader(folder: Path, config: dict, datasets: list) -> None:
     """Right names, any values: a Problem or a config, nothing else."""

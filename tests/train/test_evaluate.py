@@ -13,6 +13,7 @@ import torch
 
 from sana_tune.log import log
 from sana_tune.progress import Every, Progress
+from sana_tune.saving import Keeping
 from sana_tune.train.checkpoint import Checkpoints
 from sana_tune.train.evaluate import (
     DRIFT_ITEMS,
@@ -334,7 +335,7 @@ def test_the_loop_measures_at_start_on_the_way_and_at_the_end_and_trains_as_with
         torch.manual_seed(3)
         parts, story = make_parts(), Story()
         course = Course(5, steps_per_epoch=2.0, evaluate_every=Every(2, epochs=1.5))
-        checkpoints = Checkpoints(tmp_path / name, 1, {})
+        checkpoints = Checkpoints(tmp_path / name, Keeping(1), {})
         (tmp_path / name).mkdir()
         fit(course, parts, ToyBatches(), NoValidator(), checkpoints, Watcher([story]), Stop(), evaluator=mine)
         states.append(state_of(parts))
