@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -81,23 +80,6 @@ class Memory:
                 log.warning("no more memory can be pinned, so checkpoints are copied more slowly: %s", error)
                 self.pinned = False
         return torch.empty(size, dtype=torch.uint8)
-
-
-class Fence:
-    """Stands before every update of weights and states: they move only when what is copied of them is there."""
-
-    def __init__(self) -> None:
-        self._copied: threading.Event | None = None
-
-    def raise_until(self, copied: threading.Event) -> None:
-        """Nothing moves until the event is set."""
-        self._copied = copied
-
-    def wait(self) -> None:
-        """To be called right before anything moves."""
-        if self._copied is not None:
-            self._copied.wait()
-            self._copied = None
 
 
 def snapshot(parts: Parts, progress: Progress) -> Snapshot:

@@ -26,12 +26,12 @@ from sana_tune.model.rollout import OFF, Rollout
 from sana_tune.progress import Progress
 from sana_tune.schedule import Schedule
 from sana_tune.train.ema import Ema, NoEma
+from sana_tune.train.fence import Fence
 from sana_tune.train.release import Release
 from sana_tune.train.roll_in import Mixture, roll_in, velocity_of
 from sana_tune.train.rounding import place
 from sana_tune.train.scale import LossScale, NoLossScale
 from sana_tune.train.sharding import local, whole_norm
-from sana_tune.train.snapshot import Fence
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sana_tune.progress import Progress
-from sana_tune.train.snapshot import PAGE_BYTES, Fence, Memory, Snapshot, copied, snapshot
+from sana_tune.train.fence import Fence
+from sana_tune.train.snapshot import PAGE_BYTES, Memory, Snapshot, copied, snapshot
 from sana_tune.train.step import Parts, train_step
 from tests.train.test_checkpoint import trained
 from tests.train.toys import ToyBatches, differences, make_parts, state_of
