@@ -162,7 +162,7 @@ def test_two_processes_train_what_one_does_with_accumulation_two(tmp_path: Path)
     assert len(seen) == 7 and sum(seen.values()) == 8, "an epoch is 4 micro-batches of 2: one picture is filled in"
     drawn = sorted(path.name for path in (output / "validation_images").iterdir())
     assert drawn == sorted(path.name for path in (one.parent / "output/validation_images").iterdir())
-    assert len(drawn) == 2 * 2 * 2 and json.loads((output / "plan.json").read_text())["ranks"] == 2
+    assert len(drawn) == 4 * 2 * 2 + 1 and json.loads((output / "plan.json").read_text())["ranks"] == 2
 
     for cache in ("text", "vae/d0"):
         index = TensorCache(output / "cache" / cache).index
