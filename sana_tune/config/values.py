@@ -243,7 +243,7 @@ def parse_disk_size(value: Any) -> Any:
     if value is None or value == "" or str(value).lower() == "none":
         return None
     match = None if isinstance(value, bool) else _DISK_SIZE.fullmatch(str(value))
-    if match is None:
+    if match is None or len(match[1]) > 18:
         raise ValueError(
             f"must be bytes, a size such as 20 GB, or a share of the disk such as 5%; found {_shown(value)}"
         )
