@@ -57,6 +57,6 @@ class ReportSink:
 
     def _write(self) -> float:
         """Write it; how long that took, s."""
-        begun_s = time.perf_counter()
+        begun_s = self._now()
         self._writer.write(self.path, live=True)
-        return time.perf_counter() - begun_s
+        return self._now() - begun_s
