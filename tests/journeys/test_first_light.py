@@ -161,8 +161,9 @@ def test_the_run_leaves_every_file_of_the_contract(clone, monkeypatch):
     assert total and every
     names = {path.name for path in clone.output.iterdir()}
     kept = {f"checkpoint-{step}" for step in sorted({*range(every, total, every), total})[-2:]}
-    files = {"config.json", "plan.json", "ledger.json", "log.txt", "metrics.jsonl", "pipeline.json"}
-    assert names == {*files, *kept, "validation_images", "pipeline", "cache"}
+    files = {"config.json", "plan.json", "ledger.json", "log.txt", "metrics.jsonl", "pipeline.json", "events.jsonl"}
+    files |= {"report.html", "environment.json", "prompts.json", "run_id.json"}
+    assert names == {*files, *kept, "validation_images", "first_batches", "pipeline", "cache"}
     models = {f"{part}/{name}" for part in ("transformer", "transformer_ema") for name in ("config.json", WEIGHTS)}
     for name in kept:
         held = set(contents(clone.output / name))
@@ -170,7 +171,10 @@ def test_the_run_leaves_every_file_of_the_contract(clone, monkeypatch):
 
     lines = metrics_of(clone.output)
     assert [line["step"] for line in lines] == list(range(1, total + 1))
-    assert lines[0].keys() == {"step", "epoch", "loss", "lr", "grad_norm"} and len(clone.said.splitlines()) > 30
+    assert (
+        lines[0].keys() == {"step", "epoch", "loss", "lr", "grad_norm", "by_sigma"}
+        and len(clone.said.splitlines()) > 30
+    )
 
     interval = config.validation.validation_step_interval
     drawn = {0: ("",), **dict.fromkeys((*range(interval, total, interval), total), ("", "_ema"))}
