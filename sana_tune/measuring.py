@@ -31,9 +31,9 @@ def evaluator_of(
     prepared: Prepared, caches: Caches, reading: Reading, stopped: Callable[[], bool]
 ) -> Evaluator | NoEvaluator:
     """What measures the held-out pictures of the run; its batches are no larger than those of training."""
+    from sana_tune.prompts import slugs
     from sana_tune.train.evaluate import Evaluator, NoEvaluator
     from sana_tune.train.probe import Probe
-    from sana_tune.train.validate import slugs
 
     config, plan, records = prepared.config, prepared.plan.evaluation, prepared.survey.records
     if plan is None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -133,3 +136,33 @@ def _several(count: float, noun: str) -> str:
 
 def _all(values: Iterable[object]) -> str:
     return ", ".join(dict.fromkeys(map(str, values)))
+
+
+# ---- names of files ----
+
+_SLUG_LENGTH = 60
+
+
+def slug(name: str) -> str:
+    """A short name that every file system takes: lower-case ASCII letters, digits and hyphens.
+
+    Where that loses something (accents, other scripts, length) a hash of the name keeps it apart from others.
+    """
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode("ascii").lower()
+    short = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+    if short and short == re.sub(r"[ _]", "-", name) and len(short) <= _SLUG_LENGTH:
+        return short
+    mark = hashlib.blake2b(name.encode("utf-8"), digest_size=4).hexdigest()
+    return f"{short[: _SLUG_LENGTH - 9].strip('-')}-{mark}".lstrip("-")
+
+
+def slugs(names: Sequence[str]) -> dict[str, str]:
+    """A slug for each name, all different."""
+    found: dict[str, str] = {}
+    for name in names:
+        wanted, number = slug(name), 1
+        while wanted in found.values():
+            number += 1
+            wanted = f"{slug(name)}-{number}"
+        found[name] = wanted
+    return found

@@ -202,7 +202,7 @@ def dataset_line(part: DatasetLedger) -> str:
 
 def prompt_texts(prepared: Prepared) -> Callable[[Path], str]:
     """Tells the prompt of a validation picture by its file's name; the name itself where that is not known."""
-    from sana_tune.train.validate import slugs
+    from sana_tune.prompts import slugs
 
     names = {slug: name for name, slug in slugs(list(prepared.prompts)).items()}
 

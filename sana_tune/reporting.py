@@ -15,8 +15,8 @@ from sana_tune.data.records import Record
 from sana_tune.errors import UserError
 from sana_tune.log import log
 from sana_tune.prepare import Prepared
+from sana_tune.prompts import slugs
 from sana_tune.store import write_atomically
-from sana_tune.train.validate import slugs
 from sana_tune.watch import journal
 from sana_tune.watch.environment import environment
 from sana_tune.watch.report.page import FILE, Reporter

@@ -12,8 +12,8 @@ import pytest
 from sana_tune.config.load import Loaded
 from sana_tune.errors import UserError
 from sana_tune.offline import Asked, generate, validate
+from sana_tune.prompts import slug
 from sana_tune.run import run
-from sana_tune.train.validate import slug
 from tests.journeys.kit import one_thread, pictures, small_run
 from tests.test_drawing import DRAWING
 

@@ -9,7 +9,7 @@ import pytest
 
 from sana_tune.config.built_in_prompts import BUILT_IN
 from sana_tune.config.schema import Config, EmaConfig, ValidationConfig
-from sana_tune.prompts import MAIN, UNCONDITIONAL, Prompt, drawing_lines, preview_steps, prompts_of
+from sana_tune.prompts import MAIN, UNCONDITIONAL, Prompt, drawing_lines, preview_steps, prompts_of, slug, slugs
 
 
 def library(folder: Path, content: object) -> str:
@@ -103,3 +103,44 @@ def test_what_is_drawn_and_when_is_said():
 )
 def test_previews_come_at_each_nth_step_and_the_last(steps, every, expected):
     assert preview_steps(steps, every) == expected
+
+
+# ---- names of files ----
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("zib", "zib"), ("zib_on_hill", "zib-on-hill"), ("two words", "two-words"), ("a2-b", "a2-b")],
+)
+def test_plain_names_stay_readable(name: str, expected: str):
+    assert slug(name) == expected
+
+
+def test_other_names_are_safe_and_apart():
+    names = [
+        "Zib",
+        "ZIB",
+        "é",
+        "ü",
+        "星",
+        "a/b",
+        "a\\b",
+        "../x",
+        "con",
+        "",
+        "a" * 300,
+        "a" * 299 + "b",
+        "a?b",
+        ".",
+        "a__b",
+    ]
+    made = [slug(name) for name in names]
+    assert len({each.lower() for each in made}) == len(made)
+    for each in made:
+        assert each and len(each) <= 60 and set(each) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+        assert not each.startswith("-") and not each.endswith("-")
+
+
+def test_two_names_never_share_a_slug():
+    made = slugs(["a b", "a_b", "a-b"])
+    assert list(made.values()) == ["a-b", "a-b-2", "a-b-3"]

@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -35,6 +35,7 @@ from sana_tune.train.snapshot import Memory, Snapshot, copied, snapshot
 from sana_tune.train.states import load_full_state, names_of
 from sana_tune.train.step import Parts, summed
 from sana_tune.train.writing import OPTIMIZER, WEIGHTS, Terms, Writing
+from sana_tune.watch.background import attempt
 from sana_tune.watch.events import Event, Noticed, Saved
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 # Where training has the same cores, the writer rests so many times as long as it works, unless it is waited for.
 REST_ON_CPU = 4.0
+HEAR_S = 0.2
+THREAD = "checkpoint"  # the name of the writer's thread
 
 
 class _Verdict(IntEnum):
@@ -227,10 +230,20 @@ class Checkpoints:
     def _begin(self, flight: _Flight, failed: bool = False) -> None:
         """Have it written as soon as there is room; not at all when the run is to stop meanwhile."""
         if self._await_room(flight, failed) and self._is_main:
-            pool = ThreadPoolExecutor(1, "checkpoint")
-            future = pool.submit(self._write, flight)
-            pool.shutdown(wait=False)
-            self._flight = replace(flight, future=future)
+            # Known before it starts: a signal may come while the thread starts, and what is in flight is given up then.
+            self._flight = flight = replace(flight, future=Future())
+            threading.Thread(target=self._fly, args=(flight,), name=THREAD).start()
+
+    def _fly(self, flight: _Flight) -> None:
+        """Write it, in a thread of its own; what became of it is told by its future."""
+        if not flight.future.set_running_or_notify_cancel():
+            return
+        saved: list[Saved] = []
+        error = attempt(lambda: saved.append(self._write(flight)))
+        if error is None:
+            flight.future.set_result(saved[0])
+        else:
+            flight.future.set_exception(error)
 
     def _settle(self) -> None:
         """Wait for the write in flight and tell of it; one that found the disk full is done again when there is room.
@@ -275,7 +288,8 @@ class Checkpoints:
     def _wait(self, flight: _Flight) -> None:
         flight.terms.hurry.set()
         try:
-            wait([flight.future])
+            while not flight.future.done():  # a signal that another thread received is heard between two waits
+                wait([flight.future], HEAR_S)
         except KeyboardInterrupt:
             self._abandon()
             raise
@@ -285,7 +299,8 @@ class Checkpoints:
         if self._flight is not None:
             self._flight.terms.abandoned.set()
             self._flight.terms.hurry.set()
-            wait([self._flight.future])
+            if not self._flight.future.cancel():  # it is, where its thread had not come to it yet
+                wait([self._flight.future])
             self._flight = None
 
     def _last_words(self) -> None:

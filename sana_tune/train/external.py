@@ -25,6 +25,8 @@ class ScriptValidator:
     first: whether only this process runs it. base, startup: as of `validate.Validator`.
     """
 
+    from_files = True
+
     def __init__(
         self,
         command: str,

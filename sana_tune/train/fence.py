@@ -18,5 +18,6 @@ class Fence:
     def wait(self) -> None:
         """To be called right before anything moves."""
         if self._copied is not None:
-            self._copied.wait()
+            while not self._copied.wait(0.2):  # a signal that another thread received is heard between two waits
+                pass
             self._copied = None

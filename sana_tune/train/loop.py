@@ -51,8 +51,13 @@ class Batches(Protocol):
 
 
 class Validates(Protocol):
-    """Draws pictures when it is asked to: train.validate.Validator, NoValidator, train.external.ScriptValidator."""
+    """Draws pictures when it is asked to: train.validate.Validator, NoValidator, train.external.ScriptValidator.
 
+    from_files: whether it takes the weights from the newest checkpoint, which must be complete then.
+    """
+
+    @property
+    def from_files(self) -> bool: ...
     def start(self, parts: Parts, progress: Progress) -> Validated: ...
     def run(self, parts: Parts, progress: Progress) -> Validated: ...
     def finish(self, parts: Parts, progress: Progress) -> Validated: ...
@@ -135,6 +140,8 @@ def do_what_is_due(
     if due(plan.evaluate_every, progress, plan.epoch_after):
         measure(evaluator.run(parts, progress), progress, checkpoints, watcher)
     if due(plan.validate_every, progress, plan.epoch_after):
+        if validator.from_files:
+            checkpoints.held()
         watcher.emit(validator.run(parts, progress))
 
 

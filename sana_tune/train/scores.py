@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from sana_tune.errors import UserError
 from sana_tune.log import log
-from sana_tune.train.validate import slugs
+from sana_tune.prompts import slugs
 from sana_tune.watch.events import Event, Measured, Validated
 from sana_tune.watch.sinks import Watcher
 

@@ -5,10 +5,8 @@ And one contact sheet a step: each picture beside those of the base model and of
 
 from __future__ import annotations
 
-import hashlib
 import re
 import time
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +18,7 @@ from sana_tune.data.records import digest
 from sana_tune.errors import UserError
 from sana_tune.log import log
 from sana_tune.progress import Progress
-from sana_tune.prompts import Prompt
+from sana_tune.prompts import Prompt, slugs
 from sana_tune.store import write_atomically
 from sana_tune.train.step import Parts
 from sana_tune.watch.events import Noticed, Validated
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
 
 # What drawing one picture may fail with (out of memory is a RuntimeError) without ending the run.
 FAILURES = (RuntimeError, ValueError, ArithmeticError, OSError, UserError)
-_SLUG_LENGTH = 60
 _LISTED = 5
 
 
@@ -79,31 +76,6 @@ def pictures_of(prompts: Mapping[str, Prompt], sizes: Sequence[tuple[int, int]],
     ]
 
 
-def slug(name: str) -> str:
-    """A short name that every file system takes: lower-case ASCII letters, digits and hyphens.
-
-    Where that loses something (accents, other scripts, length) a hash of the name keeps it apart from others.
-    """
-    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode("ascii").lower()
-    short = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
-    if short and short == re.sub(r"[ _]", "-", name) and len(short) <= _SLUG_LENGTH:
-        return short
-    mark = hashlib.blake2b(name.encode("utf-8"), digest_size=4).hexdigest()
-    return f"{short[: _SLUG_LENGTH - 9].strip('-')}-{mark}".lstrip("-")
-
-
-def slugs(names: Sequence[str]) -> dict[str, str]:
-    """A slug for each name, all different."""
-    found: dict[str, str] = {}
-    for name in names:
-        wanted, number = slug(name), 1
-        while wanted in found.values():
-            number += 1
-            wanted = f"{slug(name)}-{number}"
-        found[name] = wanted
-    return found
-
-
 class Drawing(Protocol):
     """One picture with the weights the transformer holds right now → [height, width, 3] uint8.
 
@@ -130,6 +102,8 @@ class Validator:
              hand to it, in the order of their ranks. The contact sheet is the first one's, from files that all see.
     writes:  whether this process writes what it draws (where all draw each picture together, one of them does).
     """
+
+    from_files = False
 
     def __init__(
         self,
@@ -318,6 +292,8 @@ class Lost:
 
 class NoValidator:
     """Stands where no pictures are wanted."""
+
+    from_files = False
 
     def start(self, parts: Parts, progress: Progress) -> Validated:
         return Validated(progress, ())

@@ -50,6 +50,7 @@ from tests.journeys.test_kills import killed_at, killed_during
 KILLS, KILLS_IN_FULL = 5, 20
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # as accelerate's launcher says it
 MOST = 1e-6  # between weights in fp32
+MOST_SPLIT = 5e-6  # and where FSDP2 sums gradients in other pieces: processors round them differently
 
 
 @pytest.fixture(autouse=True)
@@ -230,7 +231,7 @@ def test_split_by_fsdp2_they_train_the_same_and_go_on_whole(tmp_path: Path):
     two.write_text(json.dumps({**content, "max_train_steps": 4}))
     all_well(together(1, two))
     output = two.parent / "output"
-    assert worst(one.parent / "output/checkpoint-4", output / "checkpoint-4") <= MOST
+    assert worst(one.parent / "output/checkpoint-4", output / "checkpoint-4") <= MOST_SPLIT
     names = [path.name for path in (output / "validation_images").iterdir()]
     assert Counter(name.split("_")[1] for name in names) == {"2": 4, "3": 4, "4": 4}
 

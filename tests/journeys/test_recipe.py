@@ -27,7 +27,6 @@ from sana_tune.model.sana import load_vae
 from sana_tune.output import Output
 from sana_tune.prepare import Prepared, prepare
 from sana_tune.run import batches_of, open_caches, run
-from sana_tune.train.optim import parameter_groups
 from sana_tune.watch.events import CacheProgress, Event, Started, Validated
 from scripts.nano import draw
 from tests.fixtures import SCALING_FACTOR, cached_sana
@@ -340,6 +339,7 @@ def test_bf16_weights_move_at_a_small_rate(model, tmp_path):
     asked = {"pretrained_model_name_or_path": str(folder), "weights_dtype": "bf16", "learning_rate": 1e-5}
     asked |= {"max_grad_norm": 0, "max_train_steps": 8}
     drawing = {"validation_prompt": "a red star", "validation_num_inference_steps": 2, "disable_benchmark": True}
+    drawing["validation_disable_unconditional"] = True
     pictures(tmp_path / "pictures", 4, (64, 64))
     heard = Heard()
     run(small_run(tmp_path, **asked, **drawing, resolution=64, validation_disable=False), sinks=[heard])
@@ -347,11 +347,8 @@ def test_bf16_weights_move_at_a_small_rate(model, tmp_path):
 
     state = state_of(output / "checkpoint-8")
     moved, total, rounded = 0, 0, 0
-    names = {id(weight): name for name, weight in exact.named_parameters()}
-    ordered = [each for group in parameter_groups(exact.named_parameters()) for each in group["params"]]
-    for number, weight in enumerate(ordered):
-        name = names[id(weight)]
-        now, compensation = state[f"transformer/{name}"], state[f"optimizer/state/{number}/kahan_comp"]
+    for name, weight in exact.named_parameters():
+        now, compensation = state[f"transformer/{name}"], state[f"optimizer/state/{name}/kahan_comp"]
         assert now.dtype == compensation.dtype == torch.bfloat16
         before = weight.detach().bfloat16()
         kept = (weight.detach() - before.float()).bfloat16()  # what a bf16 pair can hold of the fp32 weight
@@ -451,6 +448,7 @@ def test_encoder_and_autoencoder_are_gone_when_training_starts(tmp_path):
     pictures(tmp_path / "pictures", 2)
     drawing = {"validation_prompt": "a red star", "validation_num_inference_steps": 2, "validation_resolution": 32}
     asked = {"validation_disable": False, "validation_step_interval": 2, "max_train_steps": 3, "use_ema": True}
+    asked["validation_disable_unconditional"] = True
     heard = Heard(then)
     run(small_run(tmp_path, **asked, **drawing), sinks=[heard])
     assert [len(event.files) for event in heard.of(Validated)] == [1, 2, 2], "before, midway and at the end"

@@ -26,6 +26,7 @@ DRAWN: Mapping[str, Any] = {
     "validation_prompt": "a red zib",
     "validation_resolution": 32,
     "validation_num_inference_steps": 2,
+    "validation_disable_unconditional": True,
     "validation_step_interval": 2,
     "checkpoint_step_interval": 2,
 }

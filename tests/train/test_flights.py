@@ -23,7 +23,7 @@ from sana_tune.errors import Interrupted, UserError
 from sana_tune.progress import Every, Progress
 from sana_tune.saving import Keeping
 from sana_tune.train import folders
-from sana_tune.train.checkpoint import Checkpoints
+from sana_tune.train.checkpoint import THREAD, Checkpoints
 from sana_tune.train.loop import fit
 from sana_tune.train.room import Room
 from sana_tune.train.signals import LeaveNow, Stop
@@ -272,7 +272,29 @@ def test_a_second_signal_gives_the_write_up_at_once(tmp_path: Path):
     with Writes(tmp_path, "/optimizer.pt", once(twice)), pytest.raises(LeaveNow):
         run(tmp_path, 9)
     assert names(tmp_path) == ["checkpoint-2"] and folders.damage(newest(tmp_path)) == []
-    assert threading.active_count() <= 3, "nothing goes on writing"
+    assert THREAD not in {each.name for each in threading.enumerate()}, "nothing goes on writing"
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_signal_while_the_thread_starts_gives_the_write_up(tmp_path: Path, monkeypatch, started: bool):
+    """The moment at which Python listens best: it waits there until the thread runs."""
+    run(tmp_path, 2)
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if thread.name == THREAD:
+            if started:
+                start(thread)
+            raise LeaveNow(signal.SIGTERM)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(LeaveNow):
+        run(tmp_path, 9)
+    monkeypatch.undo()
+    assert THREAD not in {each.name for each in threading.enumerate()}, "nothing goes on writing"
+    run(tmp_path, 4)
+    assert names(tmp_path)[-1] == "checkpoint-4" and folders.damage(newest(tmp_path)) == []
 
 
 # ---- room on the disk ----

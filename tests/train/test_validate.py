@@ -10,7 +10,7 @@ import pytest
 from sana_tune.progress import Progress
 from sana_tune.prompts import Prompt
 from sana_tune.train.step import Parts, train_step
-from sana_tune.train.validate import NoValidator, Picture, Validator, pictures_of, slug, slugs
+from sana_tune.train.validate import NoValidator, Picture, Validator, pictures_of
 from tests.train.toys import ToyBatches, make_parts
 
 PROMPTS = {"zib": Prompt("zib", "a zib on a hill"), "validation": Prompt("validation", "a red star")}
@@ -238,41 +238,3 @@ def test_no_validator_draws_nothing(parts: Parts):
     for method in (drawing.start, drawing.run, drawing.finish):
         assert method(parts, Progress(2)).files == ()
     assert drawing.lost() == ()
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("zib", "zib"), ("zib_on_hill", "zib-on-hill"), ("two words", "two-words"), ("a2-b", "a2-b")],
-)
-def test_plain_names_stay_readable(name: str, expected: str):
-    assert slug(name) == expected
-
-
-def test_other_names_are_safe_and_apart():
-    names = [
-        "Zib",
-        "ZIB",
-        "é",
-        "ü",
-        "星",
-        "a/b",
-        "a\\b",
-        "../x",
-        "con",
-        "",
-        "a" * 300,
-        "a" * 299 + "b",
-        "a?b",
-        ".",
-        "a__b",
-    ]
-    made = [slug(name) for name in names]
-    assert len({each.lower() for each in made}) == len(made)
-    for each in made:
-        assert each and len(each) <= 60 and set(each) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
-        assert not each.startswith("-") and not each.endswith("-")
-
-
-def test_two_names_never_share_a_slug():
-    made = slugs(["a b", "a_b", "a-b"])
-    assert list(made.values()) == ["a-b", "a-b-2", "a-b-3"]
