@@ -35,7 +35,7 @@ class ModelFacts:
     caption_dim: D of a caption's embedding [T, D]. sample_size: native latent positions per side.
     flow_shift and where it was found. width: channels of a token. parameters: of the transformer.
     bf16_safe: False for weights known to break in bf16. notes: what the user should be told.
-    scheduler: the scheduler's config as stored.
+    scheduler: the scheduler's config as stored. transformer: the transformer's.
     """
 
     name: str
@@ -56,6 +56,7 @@ class ModelFacts:
     bf16_safe: bool = True
     notes: tuple[str, ...] = ()
     scheduler: Mapping[str, Any] = field(default_factory=dict)
+    transformer: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def native_px(self) -> int:
@@ -169,6 +170,11 @@ def count_parameters(config: Mapping[str, Any]) -> int:
     return embed + time + caption + full["num_layers"] * _block_parameters(full, width) + end
 
 
+def with_defaults(transformer: Mapping[str, Any]) -> dict[str, Any]:
+    """A transformer's config with diffusers' defaults for what it leaves out."""
+    return {**_TRANSFORMER_DEFAULTS, **transformer}
+
+
 def _block_parameters(full: Mapping[str, Any], width: int) -> int:
     cross = full["num_cross_attention_heads"] * full["cross_attention_head_dim"]
     hidden = int(full["mlp_ratio"] * width)
@@ -218,6 +224,7 @@ def _facts(
         bf16_safe=bf16_safe,
         notes=tuple(notes),
         scheduler=dict(scheduler),
+        transformer=dict(transformer),
     )
 
 
