@@ -287,7 +287,12 @@ def text_encoder_of(prepared: Prepared, device: torch.device) -> TextEncoder:
     model = prepared.config.model
     return _loaded(
         lambda: load_text_encoder(
-            prepared.folder, device, instruction=model.sana_complex_human_instruction, variant=model.variant
+            prepared.folder,
+            device,
+            instruction=model.sana_complex_human_instruction,
+            variant=model.variant,
+            quantised=model.text_encoder_1_precision,
+            via=model.quantize_via,
         ),
         "text encoder",
     )

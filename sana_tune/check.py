@@ -44,6 +44,7 @@ from sana_tune.prepare import (
     check_decoder,
     check_drawing_sizes,
     check_gpus,
+    check_quantisation,
     existing,
     finished,
     keys_of,
@@ -199,6 +200,7 @@ def look_over(
         model, facts = _model(config, found)
         gather(found.problems, lambda: check_drawing_sizes(config, facts, drawn))
         gather(found.problems, lambda: check_decoder(config, facts))
+        gather(found.problems, lambda: check_quantisation(config, device.result()))
         memory = FileMemory(output.file_memory if writable else None)
         surveyed = gather(
             found.problems, lambda: survey_of(loaded, facts, memory, stores, headers_only=True, report=report)

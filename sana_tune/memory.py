@@ -12,11 +12,14 @@ from itertools import combinations
 from typing import Any
 
 from sana_tune.config.optimizers import OPTIMIZER_FACTS, keeps_bf16, saved_bytes, state_bytes
+from sana_tune.config.quantisation_rules import FULL_RANK, ON_QUANTISED
 from sana_tune.config.schema import Config, section_of
 from sana_tune.config.values import optimizer_options
 from sana_tune.errors import Problem, UserError
 from sana_tune.hardware import Device
-from sana_tune.model.facts import ModelFacts, recomputed_blocks
+from sana_tune.model import fetch
+from sana_tune.model.facts import ModelFacts, from_folder, known, recomputed_blocks
+from sana_tune.model.packing import network_bytes
 
 GIB = 2**30
 # Activations of one picture of 1024 px in bf16, the 1.6B model (width 2240, 20 layers, 1024 latent positions, 300 text
@@ -176,6 +179,8 @@ def memory_needed(
     parameters = facts.parameters
     whole, kept = (1.0, 1.0) if bf16_weights else (_AUTOCAST if autocast else _FP32, _FP32_KEPT)
     pictures = max((_positions(load, facts) * load.batch_size for load in loads), default=0)
+    if config.model.model_type == "lora":
+        return _frozen_needed(config, facts, pictures, autocast)
     return MemoryNeed(
         weights_bytes=each * parameters,
         gradients_bytes=_gradients_bytes(config, facts, each),
@@ -186,6 +191,33 @@ def memory_needed(
         overhead_bytes=OVERHEAD_BYTES,
         base_bytes=(2 if bf16_weights or autocast else 4) * parameters * (config.train.regularisation_target == "base"),
     )
+
+
+def _frozen_needed(config: Config, facts: ModelFacts, pictures: int, autocast: bool) -> MemoryNeed:
+    """What a frozen base takes: no gradients, no states. What an adapter adds is no part of it.
+
+    pictures: latent positions of a micro-batch. Every product unpacks its matrix: of the largest there are two, one
+    coming while the other goes.
+    """
+    model, computed = config.model, 2 if autocast or config.model.base_model_default_dtype == "bf16" else 4
+    whole = 1.0 if model.base_model_default_dtype == "bf16" else _AUTOCAST if autocast else _FP32
+    kept = 1.0 if whole == 1.0 else _FP32_KEPT
+    unpacked = 0 if model.base_model_precision == "no_change" else 2 * computed * largest_layer(facts)
+    return MemoryNeed(
+        weights_bytes=base_weights_bytes(facts, model.base_model_precision, model.base_model_default_dtype),
+        gradients_bytes=0,
+        optimizer_bytes=0,
+        ema_bytes=0,
+        copies_bytes=unpacked,
+        activations_bytes=round(pictures * _bytes_per_position(config, facts, whole, kept)),
+        overhead_bytes=OVERHEAD_BYTES,
+    )
+
+
+def base_weights_bytes(facts: ModelFacts, precision: str, default_dtype: str) -> int:
+    """Bytes of a frozen transformer. precision: as `base_model_precision`. default_dtype: of what is not quantised."""
+    each = 2 if default_dtype == "bf16" else 4
+    return network_bytes(facts.parameters, facts.layers, facts.matrices, precision, each)
 
 
 def largest_layer(facts: ModelFacts) -> int:
@@ -468,6 +500,25 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
         for name in sections
     }
     return config.model_copy(update=updates)
+
+
+def small_card_bytes(config: Config, side_px: int, batch: int) -> tuple[int, int] | None:
+    """What an adapter on the quantised base takes, and what full rank with little beside the weights does, in bytes.
+
+    None for a model of which nothing is known. An adapter's own weights are no part of it.
+    """
+    name = config.model.pretrained_model_name_or_path
+    try:
+        folder = fetch.local_folder(name)
+        facts = known(name) if folder is None else from_folder(folder, name)
+    except UserError:  # told where the model is looked for
+        return None
+    if facts is None:
+        return None
+    loads = [Load(side_px, side_px, batch)]
+    ways = ({**ON_QUANTISED}, {**FULL_RANK, "optimizer_config": None})
+    adapter, whole = (memory_needed(changed(config, way), facts, loads).total_bytes for way in ways)
+    return adapter, whole
 
 
 # ---- settings for somebody who has none yet ----

@@ -23,7 +23,15 @@ from sana_tune.hardware import device_for
 from sana_tune.log import log
 from sana_tune.model.facts import ModelFacts, from_folder
 from sana_tune.output import Output
-from sana_tune.prepare import check_drawing_sizes, check_precision, drawing_sizes, keys_of, located, prompts_wanted
+from sana_tune.prepare import (
+    check_drawing_sizes,
+    check_precision,
+    check_quantisation,
+    drawing_sizes,
+    keys_of,
+    located,
+    prompts_wanted,
+)
 from sana_tune.progress import Progress
 from sana_tune.prompts import Prompt, prompt_of
 from sana_tune.store import write_atomically
@@ -178,9 +186,11 @@ def _scene(loaded: Loaded, asked: Asked) -> Iterator[Scene]:
     prompts = gather(problems, lambda: prompts_asked(config, asked.prompts)) or {}
     folder = gather(problems, lambda: located(config))
     facts = folder and gather(problems, lambda: from_folder(folder, config.model.pretrained_model_name_or_path))
+    device = device_for(config.train.device)
+    gather(problems, lambda: check_quantisation(config, device))
     if facts is not None:
         gather(problems, lambda: check_drawing_sizes(config, facts, prompts))
-        gather(problems, lambda: check_precision(loaded, facts, device_for(config.train.device)))
+        gather(problems, lambda: check_precision(loaded, facts, device))
     if problems or checkpoint is None or folder is None or facts is None:
         raise UserError(*problems)
     import torch
@@ -250,7 +260,12 @@ def encoded(scene: Scene) -> dict[tuple[str, bool], Tensor]:
     if missing:
         model = config.model
         encoder = load_text_encoder(
-            scene.folder, scene.device, instruction=model.sana_complex_human_instruction, variant=model.variant
+            scene.folder,
+            scene.device,
+            instruction=model.sana_complex_human_instruction,
+            variant=model.variant,
+            quantised=model.text_encoder_1_precision,
+            via=model.quantize_via,
         )
         try:
             for text, negative in missing:

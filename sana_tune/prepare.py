@@ -48,7 +48,8 @@ from sana_tune.model.facts import ModelFacts, check_bf16, check_size, estimated_
 from sana_tune.model.fetch_scorer import scorer_on_disk
 from sana_tune.model.identity import latent_identity, text_identity
 from sana_tune.model.instruction import resolve_instruction
-from sana_tune.model.layout import component_weights
+from sana_tune.model.layout import component_weights, read_json
+from sana_tune.model.packing import GEMMA, cannot, encoder_bytes
 from sana_tune.output import Output, free_bytes
 from sana_tune.plan import (
     CacheNeed,
@@ -154,9 +155,11 @@ def prepare(
     if expected is not None:
         gather(problems, lambda: check_drawing_sizes(config, expected, prompts or {}))
         gather(problems, lambda: check_decoder(config, expected))
+    device = device_for(config.train.device)
+    gather(problems, lambda: check_quantisation(config, device))
     if problems:
         raise UserError(*problems)
-    surveyed, device = None, device_for(config.train.device)
+    surveyed = None
     if expected is not None:  # the pictures come before a download
         check_precision(loaded, expected, device)
         surveyed = look(loaded, expected, memory, stores)
@@ -229,7 +232,7 @@ def weights_of(
         device,
         precision=precision_on(loaded, device),
         held=held,
-        resident_bytes=resident(loaded, model_bytes(loaded.config, facts, folder), buckets),
+        resident_bytes=resident(loaded, placed_bytes(loaded.config, facts, folder), buckets),
     )
 
 
@@ -243,10 +246,30 @@ def check_precision(loaded: Loaded, facts: ModelFacts, device: Device | None) ->
     precision, problem = precision_on(loaded, device), None
     if precision == "fp16" and device is not None and device.kind == "cpu":
         problem = no_fp16_on_cpu()
-    elif precision == "bf16" or loaded.config.model.weights_dtype == "bf16":
+    elif precision == "bf16" or loaded.config.model.weights_dtype == "bf16" or has_bf16_parts(loaded.config):
         problem = check_bf16(facts)
     if problem is not None:
         raise UserError(problem)
+
+
+def has_bf16_parts(config: Config) -> bool:
+    """Whether the base is quantised, with bf16 for the rest of it."""
+    model = config.model
+    return model.base_model_precision != "no_change" and model.base_model_default_dtype == "bf16"
+
+
+def check_quantisation(config: Config, device: Device | None) -> None:
+    """Raise UserError when weights cannot be quantised here as asked."""
+    model, launch, kind = config.model, config.launch, None if device is None else device.kind
+    asked = {key: vars(model)[key] for key in ("base_model_precision", "text_encoder_1_precision")}
+    problems = [problem for key, value in asked.items() if (problem := cannot(key, value, kind))]
+    several = model.base_model_precision != "no_change" and launch.processes > 1
+    if several and is_sharded(launch.accelerate_config, split(launch.accelerate_extra_args or "")):
+        what = "FSDP splits weights over the processes, and quantised ones cannot be split"
+        fix = "train without FSDP: each process then holds the quantised base, which is small"
+        problems.append(Problem("base_model_precision", what, fix))
+    if problems:
+        raise UserError(*problems)
 
 
 def prompts_wanted(config: Config) -> dict[str, Prompt]:
@@ -433,6 +456,7 @@ def run_plan(
     weights = weights_of(loaded, facts, folder, buckets, device, checkpoint)
     config = settled(loaded.config, weights)
     sizes, precision = model_bytes(config, facts, folder), precision_on(loaded, device)
+    placed = placed_bytes(config, facts, folder)
     batches = [Load(bucket.size.width, bucket.size.height, vae_batch(loaded, bucket.dataset)) for bucket in buckets]
     plan = make_plan(
         config,
@@ -444,7 +468,14 @@ def run_plan(
         other_model_bytes=sum(sizes.values()) - sizes["transformer"],
         notes=(*notes, *loaded.notes),
         memory=memory_of(
-            priced(config, buckets), facts, buckets, batches, sizes, device, precision, resident(loaded, sizes, buckets)
+            priced(config, buckets),
+            facts,
+            buckets,
+            batches,
+            placed,
+            device,
+            precision,
+            resident(loaded, placed, buckets),
         ),
         precision=precision,
         weights=weights,
@@ -470,7 +501,7 @@ def memory_of(
     precision: str,
     resident_bytes: int = 0,
 ) -> MemoryPlan:
-    """Memory for caching and training. batches: as the VAE gets them. sizes: of the model's files, by component.
+    """Memory for caching and training. batches: as the VAE gets them. sizes: of the networks in memory, by component.
 
     resident_bytes: what encoders take beside training.
     """
@@ -509,6 +540,15 @@ def model_bytes(config: Config, facts: ModelFacts, folder: Path | None) -> dict[
     return {**sizes, "tokenizer": sum(path.stat().st_size for path in (folder / "tokenizer").iterdir())}
 
 
+def placed_bytes(config: Config, facts: ModelFacts, folder: Path | None) -> dict[str, int]:
+    """Bytes of a model's networks in memory: those of its files, but for a text encoder that is quantised."""
+    sizes, precision = model_bytes(config, facts, folder), config.model.text_encoder_1_precision
+    if precision == "no_change":
+        return sizes
+    kind = GEMMA if folder is None else read_json(folder / "text_encoder" / "config.json")
+    return {**sizes, "text_encoder": encoder_bytes(sizes["text_encoder"], precision, kind)}
+
+
 def precision_on(loaded: Loaded, device: Device | None) -> str:
     """Accelerate's mixed_precision on a device: a CPU casts nothing unless it is asked to."""
     unasked = loaded.origins["mixed_precision"] == "default"
@@ -536,8 +576,11 @@ def keys_of(config: Config, folder: Path, output: Output) -> tuple[Keys, Keys]:
     model, memory = config.model, output.hash_memory
     images = latent_identity(folder, memory=memory, variant=model.variant)
 
+    quantised = model.text_encoder_1_precision
+    dtype = "stored" if quantised == "no_change" else f"stored, {quantised}"
+
     def keys(instruction: str) -> Keys:
-        text = text_identity(folder, instruction=instruction, dtype="stored", memory=memory, variant=model.variant)
+        text = text_identity(folder, instruction=instruction, dtype=dtype, memory=memory, variant=model.variant)
         return Keys(images, text)
 
     return keys(resolve_instruction(model.sana_complex_human_instruction)), keys("")

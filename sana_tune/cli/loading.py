@@ -14,6 +14,7 @@ from sana_tune.config.launching import FALLBACKS, VARIABLES
 from sana_tune.config.legacy import known_foreign_keys
 from sana_tune.config.load import Loaded, load, load_settings
 from sana_tune.config.schema import Config, section_of
+from sana_tune.memory import small_card_bytes
 
 
 def load_asked(
@@ -24,7 +25,7 @@ def load_asked(
     The variables of config.env join this process's environment first. Raises UserError with all problems.
     """
     path, overrides, notes = _found(words, config, env, example)
-    return load(path, overrides), notes
+    return load(path, overrides, prices=small_card_bytes), notes
 
 
 def settings_asked(

@@ -84,6 +84,24 @@ REFUSED_CHECKPOINTING_BACKENDS: dict[str, str] = {
     "torch-ffn": "Sana's feed-forward alone is no block; use torch, or selective to recompute less",
 }
 
+PRECISIONS: dict[str, str] = {
+    "no_change": "the weights stay as they are",
+    "nf4-bnb": "4 bits (NormalFloat4 in blocks of 64, their scales in 8 bits), by bitsandbytes: 0.52 bytes a weight",
+    "int8-bnb": "8 bits and a scale for each row, by bitsandbytes: 1 byte a weight",
+    "int8-torchao": "8 bits and a scale for each row, by torchao",
+    "fp8-torchao": "8-bit floats (e4m3) and a scale for each row, by torchao",
+}
+
+_FOUR, _EIGHT, _FP8 = "use nf4-bnb", "use int8-bnb", "use fp8-torchao, or int8-bnb"
+# Names of the trainer that users come from → the nearest that there is.
+REFUSED_PRECISIONS: dict[str, str] = {
+    "int8-quanto": _EIGHT, "int4-quanto": _FOUR, "int2-quanto": _FOUR, "fp8-quanto": _FP8, "fp8uz-quanto": _FP8,
+    "int4-torchao": _FOUR, "fp4-bnb": _FOUR, "fp8-native": _FP8, "fp8-transformerengine": _FP8, "nf4-torchao": _FOUR,
+    **{f"{kind}-sdnq": _EIGHT for kind in ("int8", "uint8", "int16", "uint16", "fp16", "int7", "int6", "uint6")},
+    **{f"{kind}-sdnq": _FP8 for kind in ("fp8", "fp8-e4m3", "fp8-e5m2")},
+    **{f"{kind}-sdnq": _FOUR for kind in ("int5", "uint5", "int4", "uint4", "int3", "uint3", "int2", "uint2", "fp4")},
+}  # fmt: skip
+
 SAMPLERS: dict[str, str] = {
     "dpm++": "DPM-Solver++ for flows, as the models are published",
     "euler": "Euler's steps along the flow, as NVIDIA samples while training; wants more steps",

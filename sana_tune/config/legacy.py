@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sana_tune.config.choices import REFUSED_LR_SCHEDULERS
+from sana_tune.config.choices import REFUSED_LR_SCHEDULERS, REFUSED_PRECISIONS
 from sana_tune.config.optimizers import REFUSED_OPTIMIZERS, SAME_OPTIMIZER
 
 RENAMED: dict[str, str] = {
@@ -29,7 +29,6 @@ OFF: tuple[Any, ...] = (None, "", False, "false", "False", "none", "None", "no",
 
 # Not built yet, and it changes what is trained: refused unless off. The values beside a key also mean "off".
 LATER_TRAINING: dict[str, tuple[Any, ...]] = {
-    "base_model_precision": (),
     "fuse_optimizer": (),
     "gradient_precision": ("unmodified",),
     "init_lokr_norm": (),
@@ -49,14 +48,12 @@ LATER_TRAINING: dict[str, tuple[Any, ...]] = {
         True,
         "true",
     ),
-    "quantization_config": (),
 }
 
 # Not built yet, and it only adds output or saves memory while caching: accepted with a loud note.
 LATER_OUTPUT: dict[str, tuple[Any, ...]] = {
     "save_text_encoder": (),
     "strict_epoch_limit": (),
-    "text_encoder_1_precision": (),
     "vae_enable_slicing": (),
     "vae_enable_tiling": (),
     "enable_watermark": (),
@@ -92,8 +89,6 @@ NO_EFFECT: dict[str, str] = {
     "timestep_sampling_offset": "Sana's recipe draws from the shifted logit-normal",
     "lora_type": "model_type full trains every weight",
     "lycoris_config": "model_type full trains every weight",
-    "quantize_via": "nothing is quantised with model_type full",
-    "base_model_default_dtype": "nothing is quantised with model_type full",
     "disable_validation": "it concerns no local picture dataset here",
     "validation_torch_compile": "validation draws with the model as it is trained",
     "webhook_reporting_interval": "it had no effect in the trainer either",
@@ -164,6 +159,7 @@ REFUSED: dict[str, str] = {
     "delete_invalid_checkpoints": "nothing is deleted for being incomplete: such checkpoints are passed over, and said",
     "publishing_config": "push_to_hub publishes to the Hugging Face Hub; for a bucket name a program that copies in "
     "post_checkpoint_script, such as: aws s3 sync {local_checkpoint_path} s3://bucket/run/{global_step}",
+    "quantization_config": "base_model_precision says how the base is quantised, and quantize_via where",
     "enable_nsfw_check": "there is no such classifier here; filter the pictures before training",
     "model_flavour": "name the repository: pretrained_model_name_or_path",
     "flow_cubic_schedule_weights": "use flow_distribution beta, or flow_custom_timesteps with levels that repeat",
@@ -200,6 +196,9 @@ REFUSED_VALUES: dict[str, dict[str, str]] = {
     },
     "lr_scheduler": REFUSED_LR_SCHEDULERS,
     "optimizer": dict(REFUSED_OPTIMIZERS),
+    "base_model_precision": dict(REFUSED_PRECISIONS),
+    "text_encoder_1_precision": dict(REFUSED_PRECISIONS),
+    "quantize_via": {"pipeline": "use cpu, which quantises layer by layer too; the whole is never on the device"},
 }
 
 # Entries of multidatabackend.json that are passed over with a note.

@@ -19,6 +19,7 @@ from sana_tune.config.datasets import ConditioningDataset, ImageDataset, TextDat
 from sana_tune.config.differences import differences
 from sana_tune.config.findings import Findings
 from sana_tune.config.layers import flatten
+from sana_tune.config.quantisation_rules import Prices
 from sana_tune.config.rules import check_rules
 from sana_tune.config.schema import Config
 from sana_tune.errors import UserError
@@ -53,10 +54,17 @@ class Loaded:
         return next((text for text in self.text_caches if text.id == named), self.text_cache)
 
 
-def load(path: Path | None, overrides: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Loaded:
+def load(
+    path: Path | None,
+    overrides: Mapping[str, Any],
+    environ: Mapping[str, str] | None = None,
+    *,
+    prices: Prices | None = None,
+) -> Loaded:
     """Read the config at `path` (None: the flags alone) and its datasets. Raises UserError with all problems.
 
-    path: JSON, TOML, YAML or a config.env. overrides: the flags, as `parse_overrides` reads them.
+    path: JSON, TOML, YAML or a config.env. overrides: the flags, as `parse_overrides` reads them. prices: see
+    `check_rules`.
     """
     environ = os.environ if environ is None else environ
     findings = Findings()
@@ -64,7 +72,7 @@ def load(path: Path | None, overrides: Mapping[str, Any], environ: Mapping[str, 
     config = build_config(flat, findings)
     datasets = read_datasets(flat, config, environ, findings)
     if config is not None and datasets is not None:
-        findings.problems += check_rules(config, datasets.images, findings.notes, datasets.masks)
+        findings.problems += check_rules(config, datasets.images, findings.notes, datasets.masks, prices)
     if findings.problems or config is None or datasets is None:
         raise UserError(*dict.fromkeys(findings.problems))
     notes = [*findings.notes, *differences(flat, config, datasets.images)]

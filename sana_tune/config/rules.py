@@ -12,6 +12,12 @@ from sana_tune.config.datasets import ConditioningDataset, EvalDataset, ImageDat
 from sana_tune.config.evaluation_rules import known_eval_datasets, unused_evaluation_settings
 from sana_tune.config.launch_rules import LAUNCH_RULES
 from sana_tune.config.optimizers import keeps_bf16, options_of, stuck_share
+from sana_tune.config.quantisation_rules import (
+    QUANTISATION_RULES,
+    Prices,
+    base_is_frozen,
+    unused_quantisation_settings,
+)
 from sana_tune.config.saving_rules import kept_ones_are_saved, script_is_named, unused_saving_settings
 from sana_tune.config.schema import Config
 from sana_tune.config.source_rules import SOURCE_RULES, unused_source_settings
@@ -544,6 +550,7 @@ CONFIG_RULES: tuple[Callable[[Config], Problem | None], ...] = (
     one_weighting,
     script_is_named,
     kept_ones_are_saved,
+    *QUANTISATION_RULES,
     *VALIDATION_RULES,
     scripts_name_settings,
     *LAUNCH_RULES,
@@ -551,16 +558,25 @@ CONFIG_RULES: tuple[Callable[[Config], Problem | None], ...] = (
 
 
 def check_rules(
-    config: Config, datasets: Sequence[ImageDataset], notes: list[str], masks: Sequence[ConditioningDataset] = ()
+    config: Config,
+    datasets: Sequence[ImageDataset],
+    notes: list[str],
+    masks: Sequence[ConditioningDataset] = (),
+    prices: Prices | None = None,
 ) -> list[Problem]:
-    """All problems between settings; what only needs saying is appended to `notes`. masks: those that are used."""
+    """All problems between settings; what only needs saying is appended to `notes`. masks: those that are used.
+
+    prices: what the ways to train on a small card take, which is for who knows the models.
+    """
     problems = [problem for dataset in datasets for rule in DATASET_RULES if (problem := rule(config, dataset))]
     problems += [problem for rule in CONFIG_RULES if (problem := rule(config))]
+    problems += [problem] if (problem := base_is_frozen(config, datasets, prices)) else []
     problems += [problem] if (problem := someone_starts(datasets)) else []
     problems += known_eval_datasets(config, datasets)
     notes += unused_schedule_settings(config) + unused_flow_settings(config) + unused_loss_settings(config)
     notes += unused_rollout_settings(config)
     notes += unused_optimizer_settings(config) + release_notes(config) + unused_checkpointing_settings(config)
+    notes += unused_quantisation_settings(config)
     notes += unused_validation_settings(config) + preview_notes(config)
     notes += unused_hub_settings(config)
     for dataset in datasets:

@@ -21,9 +21,11 @@ from sana_tune.config.choices import (
     LR_SCHEDULERS,
     NOISE_DISTRIBUTIONS,
     OPTIMIZERS,
+    PRECISIONS,
     REFUSED_CHECKPOINTING_BACKENDS,
     REFUSED_LOSS_WEIGHTINGS,
     REFUSED_LR_SCHEDULERS,
+    REFUSED_PRECISIONS,
     REFUSED_SAMPLERS,
     ROLLOUT_SAMPLERS,
     ROLLOUT_STRATEGIES,
@@ -69,6 +71,7 @@ SchedulerName = Annotated[str, AfterValidator(named(LR_SCHEDULERS, "learning-rat
 CheckpointingBackend = Annotated[
     str, AfterValidator(named(CHECKPOINTING_BACKENDS, "way of gradient checkpointing", REFUSED_CHECKPOINTING_BACKENDS))
 ]
+Precision = Annotated[str, AfterValidator(named(PRECISIONS, "precision", REFUSED_PRECISIONS))]
 DynamoBackend = Annotated[str, AfterValidator(named(DYNAMO_BACKENDS, "compiler"))]
 CaptionStrategy = Annotated[str, AfterValidator(named(CAPTION_STRATEGIES, "caption strategy"))]
 Distribution = Annotated[str | None, AfterValidator(named(NOISE_DISTRIBUTIONS, "distribution of noise levels"))]
@@ -91,7 +94,9 @@ DiskSize = Annotated[str, BeforeValidator(parse_disk_size)]
 
 class ModelConfig(Section):
     model_family: Literal["sana"] = setting("sana", "the architecture; sana_tune trains Sana alone")
-    model_type: Literal["full"] = setting("full", "full: every weight is trained")
+    model_type: Literal["full", "lora"] = setting(
+        "full", "full: every weight is trained; lora: an adapter on a frozen base"
+    )
     pretrained_model_name_or_path: str = setting(..., "hub id or folder in diffusers layout, or `nano`", min_length=1)
     revision: str | None = setting(None, "branch, tag or commit of the hub repository")
     variant: str | None = setting(None, "weight variant of the hub repository, e.g. bf16; unset = chosen by precision")
@@ -101,6 +106,17 @@ class ModelConfig(Section):
     weights_dtype: Literal["auto", "fp32", "bf16"] = setting(
         "auto", "dtype of the trained weights; auto = fp32 masters where they fit the memory, else bf16"
     )
+    base_model_precision: Precision = setting("no_change", "quantise the frozen base that an adapter is trained on")
+    base_model_default_dtype: Literal["bf16", "fp32"] = setting(
+        "bf16", "dtype of what of a quantised base is not quantised"
+    )
+    text_encoder_1_precision: Precision = setting(
+        "no_change", "quantise the text encoder, which fills the text caches; embeddings change with it"
+    )
+    quantize_via: Literal["cpu", "accelerator"] = setting(
+        "cpu", "where weights are quantised: cpu: in main memory, and only packed ones go to the device; accelerator: "
+        "on the device, one layer at a time: faster"
+    )  # fmt: skip
     gradient_checkpointing: bool = setting(True, "recompute blocks in the backward pass to save memory")
     gradient_checkpointing_interval: int = setting(
         1, "checkpoint blocks 0, n, 2n …; 1 = every block", unit="blocks", ge=1

@@ -13,6 +13,7 @@ from typing import Any
 
 from sana_tune.errors import Problem, UserError
 from sana_tune.model.layout import CONFIGS, read_json
+from sana_tune.model.packing import Matrix
 
 WEIGHTS_LICENCE = (
     "code Apache-2.0; weights: NVIDIA's non-commercial licence, text encoder: Google's Gemma terms. "
@@ -34,6 +35,7 @@ class ModelFacts:
     vae_factor: px per latent position, each side. latent_channels: C of a latent [C, h, w].
     caption_dim: D of a caption's embedding [T, D]. sample_size: native latent positions per side.
     flow_shift and where it was found. width: channels of a token. parameters: of the transformer.
+    matrices: rows × columns of those of one block that a quantised base packs.
     bf16_safe: False for weights known to break in bf16. notes: what the user should be told.
     scheduler: the scheduler's config as stored. transformer: the transformer's.
     """
@@ -57,6 +59,7 @@ class ModelFacts:
     notes: tuple[str, ...] = ()
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     transformer: Mapping[str, Any] = field(default_factory=dict)
+    matrices: tuple[Matrix, ...] = ()
 
     @property
     def native_px(self) -> int:
@@ -186,6 +189,16 @@ def _block_parameters(full: Mapping[str, Any], width: int) -> int:
     return self_attention + cross_attention + norms + mix + 6 * width
 
 
+def block_matrices(config: Mapping[str, Any]) -> tuple[Matrix, ...]:
+    """Rows × columns of the matrices of a block: both attentions, and the 1×1 convolutions of the feed-forward."""
+    full = {**_TRANSFORMER_DEFAULTS, **config}
+    width, text = full["num_attention_heads"] * full["attention_head_dim"], full["cross_attention_dim"]
+    cross = full["num_cross_attention_heads"] * full["cross_attention_head_dim"]
+    hidden = int(full["mlp_ratio"] * width)
+    attention = (*[(width, width)] * 4, (cross, width), (cross, text), (cross, text), (width, cross))
+    return *attention, (2 * hidden, width), (width, hidden)
+
+
 def _linear(inputs: int, outputs: int, bias: bool = True) -> int:
     return inputs * outputs + (outputs if bias else 0)
 
@@ -225,6 +238,7 @@ def _facts(
         notes=tuple(notes),
         scheduler=dict(scheduler),
         transformer=dict(transformer),
+        matrices=block_matrices(full),
     )
 
 

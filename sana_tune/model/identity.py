@@ -60,7 +60,8 @@ def text_identity(
 ) -> str:
     """Identity of the embeddings of texts under an instruction ("" = none; negative prompts have none).
 
-    dtype: the encoder's precision. The empty caption never has the instruction, under either identity.
+    dtype: the encoder's precision, that of quantised weights among them. The empty caption never has the instruction,
+    under either identity.
     """
     encoder = component_identity(folder, "text_encoder", memory, variant=variant)
     tokenizer = component_identity(folder, "tokenizer", memory)

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from sana_tune.errors import Problem, UserError
+from sana_tune.log import log
 from sana_tune.model.half import CAPTION_PATH
 from sana_tune.model.instruction import MAX_TOKENS, resolve_instruction
 from sana_tune.model.layout import INDEX, component_weights, read_json
+from sana_tune.model.quantise import quantise
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderDC, SanaTransformer2DModel
@@ -171,11 +173,13 @@ def load_text_encoder(
     *,
     instruction: str | None = None,
     variant: str | None = None,
+    quantised: str = "no_change",
+    via: str = "cpu",
 ) -> TextEncoder:
     """Gemma-2 and its tokenizer from a model folder, in eval mode.
 
-    dtype: None = as its files are stored. instruction: see `resolve_instruction`. Raises UserError for files that
-    are missing or incomplete.
+    dtype: None = as its files are stored. instruction: see `resolve_instruction`. quantised, via: precision of its
+    matrices and where they are packed, see `quantise`. Raises UserError for files that are missing or incomplete.
     """
     weights = component_weights(folder, "text_encoder", variant=variant)
     model = _load(
@@ -195,6 +199,8 @@ def load_text_encoder(
                 "set add_bos_token in tokenizer_config.json, or use the model's own tokenizer",
             )
         )
+    if quantised != "no_change":
+        log.info("Text encoder: %s", quantise(model, quantised, device=device, via=via).told())
     return TextEncoder(tokenizer, model.to(device).eval(), resolve_instruction(instruction))
 
 
