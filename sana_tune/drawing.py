@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -66,7 +67,8 @@ def validator_of(
             text.get(prepared.keys.text(picture.prompt)),
             text.get(prepared.plain_keys.text(picture.negative)),
         )
-        return draw_one(painter, parts.bare, embeddings, picture, previews if seen else None, progress)
+        with at_strength(parts, prepared.config):
+            return draw_one(painter, parts.bare, embeddings, picture, previews if seen else None, progress)
 
     def release() -> None:
         painter.release()
@@ -78,6 +80,13 @@ def validator_of(
         release=release, stopped=lambda: stop.requested and not split, writes=crew.is_main or not split,
         rank=alone.rank.rank, ranks=alone.ranks, gather=lambda drawn: alone.gather("the validation pictures", drawn),
     )  # fmt: skip
+
+
+def at_strength(parts: Parts, config: Config) -> AbstractContextManager[None]:
+    """In here an adapter's change is as strong as it is to be shown."""
+    return (
+        nullcontext() if parts.adapter is None else parts.adapter.strength(config.adapter.validation_lycoris_strength)
+    )
 
 
 def painter_of(prepared: Prepared, device: torch.device) -> Painter:
@@ -299,3 +308,30 @@ def autocast_dtype(loaded: Loaded, weights: str) -> torch.dtype | None:
 
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     return dtypes.get(precision(loaded)) if weights == "fp32" else None
+
+
+def frozen_base(loaded: Loaded, folder: Path, device: torch.device, weights: str = "fp32") -> Any:
+    """The untrained model, frozen: what an adapter is put on, or what regularisation data learns from.
+
+    weights: dtype of the trained weights beside it.
+    """
+    import torch
+
+    from sana_tune.model.attention import install
+    from sana_tune.model.half import keep_captions_fp32
+    from sana_tune.model.quantise import quantise
+    from sana_tune.model.sana import freeze, load_transformer
+
+    model = loaded.config.model
+    # In main memory first: the device has no room for it in fp32.
+    base: Any = load_transformer(folder, torch.float32, "cpu", variant=model.variant)
+    install(base)
+    if precision(loaded) == "fp16":
+        keep_captions_fp32(base)
+    if model.base_model_precision != "no_change":
+        rest = torch.bfloat16 if model.base_model_default_dtype == "bf16" else torch.float32
+        done = quantise(base, model.base_model_precision, device=device, via=model.quantize_via, default_dtype=rest)
+        log.info("Base: %s", done.told())
+        return base.eval()
+    dtype = torch.bfloat16 if weights == "bf16" else torch.float32
+    return freeze(base, dtype, autocast=autocast_dtype(loaded, weights)).to(device)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
 
+from sana_tune.config.lycoris import read_lycoris
 from sana_tune.config.optimizers import OPTIMIZER_FACTS, keeps_bf16, saved_bytes, state_bytes
 from sana_tune.config.quantisation_rules import FULL_RANK, ON_QUANTISED
 from sana_tune.config.schema import Config, section_of
@@ -18,6 +19,7 @@ from sana_tune.config.values import optimizer_options
 from sana_tune.errors import Problem, UserError
 from sana_tune.hardware import Device
 from sana_tune.model import fetch
+from sana_tune.model.adapted import adapted
 from sana_tune.model.facts import ModelFacts, from_folder, known, recomputed_blocks
 from sana_tune.model.packing import network_bytes
 
@@ -157,7 +159,8 @@ def plan_memory(
 
 def host_needed(config: Config, facts: ModelFacts, need: MemoryNeed) -> int:
     """Main memory beside a GPU's: an average that is kept there, and the copies of the weights it is made from."""
-    return need.weights_bytes + 4 * facts.parameters if config.ema.use_ema and config.ema.is_on_cpu else 0
+    weights = need.weights_bytes if config.model.model_type == "full" else 4 * trained_parameters(config, facts)
+    return weights + 4 * trained_parameters(config, facts) if config.ema.use_ema and config.ema.is_on_cpu else 0
 
 
 def memory_needed(
@@ -180,7 +183,7 @@ def memory_needed(
     whole, kept = (1.0, 1.0) if bf16_weights else (_AUTOCAST if autocast else _FP32, _FP32_KEPT)
     pictures = max((_positions(load, facts) * load.batch_size for load in loads), default=0)
     if config.model.model_type == "lora":
-        return _frozen_needed(config, facts, pictures, autocast)
+        return _frozen_needed(config, facts, pictures, autocast, on_cpu)
     return MemoryNeed(
         weights_bytes=each * parameters,
         gradients_bytes=_gradients_bytes(config, facts, each),
@@ -193,25 +196,40 @@ def memory_needed(
     )
 
 
-def _frozen_needed(config: Config, facts: ModelFacts, pictures: int, autocast: bool) -> MemoryNeed:
-    """What a frozen base takes: no gradients, no states. What an adapter adds is no part of it.
+def _frozen_needed(
+    config: Config, facts: ModelFacts, pictures: int, autocast: bool, on_cpu: bool = False
+) -> MemoryNeed:
+    """What a frozen base takes, without gradients and states, and the fp32 adapter on it, with them.
 
     pictures: latent positions of a micro-batch. Every product unpacks its matrix: of the largest there are two, one
     coming while the other goes.
     """
-    model, computed = config.model, 2 if autocast or config.model.base_model_default_dtype == "bf16" else 4
-    whole = 1.0 if model.base_model_default_dtype == "bf16" else _AUTOCAST if autocast else _FP32
+    model, adapter = config.model, trained_parameters(config, facts)
+    quantised = model.base_model_precision != "no_change"
+    dtype = model.base_model_default_dtype if quantised else "bf16" if autocast else "fp32"
+    computed = 2 if autocast or dtype == "bf16" else 4
+    whole = 1.0 if quantised and dtype == "bf16" else _AUTOCAST if autocast else _FP32
     kept = 1.0 if whole == 1.0 else _FP32_KEPT
-    unpacked = 0 if model.base_model_precision == "no_change" else 2 * computed * largest_layer(facts)
+    unpacked = 2 * computed * largest_layer(facts) if quantised else 0
     return MemoryNeed(
-        weights_bytes=base_weights_bytes(facts, model.base_model_precision, model.base_model_default_dtype),
-        gradients_bytes=0,
-        optimizer_bytes=0,
-        ema_bytes=0,
+        weights_bytes=base_weights_bytes(facts, model.base_model_precision, dtype) + 4 * adapter,
+        gradients_bytes=4 * adapter,
+        optimizer_bytes=round(_state_bytes(config, on_cpu) * adapter),
+        ema_bytes=_ema_bytes(config, on_cpu, 4) * adapter,
         copies_bytes=unpacked,
         activations_bytes=round(pictures * _bytes_per_position(config, facts, whole, kept)),
         overhead_bytes=OVERHEAD_BYTES,
     )
+
+
+def trained_parameters(config: Config, facts: ModelFacts) -> int:
+    """How many are trained: all of the model's, or the adapter's. 0 for an adapter of which nothing is known yet."""
+    if config.model.model_type != "lora":
+        return facts.parameters
+    try:
+        return adapted(facts.transformer, read_lycoris(config.adapter.lycoris_config)).parameters
+    except UserError:  # told where the adapter is looked at
+        return 0
 
 
 def base_weights_bytes(facts: ModelFacts, precision: str, default_dtype: str) -> int:

@@ -9,15 +9,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from sana_tune import log as logs
 from sana_tune.config.load import Loaded
+from sana_tune.config.lycoris import ADAPTER, read_lycoris
 from sana_tune.config.prompt_library import PromptEntry
 from sana_tune.config.schema import Config
 from sana_tune.data.captions import clean_caption
-from sana_tune.drawing import ENDINGS, autocast_dtype, draw_one, drawing_seed, pictures_validator, precision
+from sana_tune.drawing import (
+    ENDINGS,
+    autocast_dtype,
+    draw_one,
+    drawing_seed,
+    frozen_base,
+    pictures_validator,
+    precision,
+)
 from sana_tune.errors import Interrupted, Problem, UserError, gather
 from sana_tune.hardware import device_for
 from sana_tune.log import log
@@ -46,14 +55,12 @@ if TYPE_CHECKING:
 
     from sana_tune.train.validate import Picture
 
-WEIGHTS = {"": "transformer", "_ema": "transformer_ema"}  # suffix of file names → folder of a checkpoint
-
 
 @dataclass(frozen=True)
 class Asked:
     """What to draw. checkpoint: a path, a name in the output folder, or latest. prompts: none = the config's.
 
-    views: suffixes of WEIGHTS; None = as ema_validation says.
+    views: suffixes of file names, "" and "_ema"; None = as ema_validation says.
     """
 
     checkpoint: str = "latest"
@@ -83,13 +90,13 @@ class Scene:
         """(suffix, a context) for each set of weights that is shown, which is loaded when its turn comes."""
         for suffix in self.shown(asked):
             self.transformer = None  # one at a time in memory
-            self.transformer = load_weights(self, WEIGHTS[suffix])
+            self.transformer = load_weights(self, suffix)
             yield suffix, nullcontext()
         self.transformer = None
 
     def shown(self, asked: tuple[str, ...] | None) -> tuple[str, ...]:
         """The sets of weights to draw with. Raises UserError when the average is asked for and there is none."""
-        has_average = (self.checkpoint.path / WEIGHTS["_ema"]).is_dir()
+        has_average = self.checkpoint.layout.average in self.checkpoint.files
         if asked is not None and "_ema" in asked and not has_average:
             what = "this checkpoint has no averaged weights: it was trained without use_ema"
             raise UserError(Problem(str(self.checkpoint.path), what, "draw with the raw ones: leave --ema out"))
@@ -292,23 +299,38 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
     """Dtype of a checkpoint's raw weights: fp32 or bf16."""
     from safetensors import safe_open
 
-    file = next(name for name in sorted(checkpoint.files) if name.startswith("transformer/") and "safetensors" in name)
-    with safe_open(checkpoint.path / file, framework="pt") as opened:
+    with safe_open(checkpoint.path / checkpoint.layout.weights, framework="pt") as opened:
         dtype = opened.get_slice(next(iter(opened.keys()))).get_dtype()
     return "bf16" if dtype == "BF16" else "fp32"
 
 
-def load_weights(scene: Scene, part: str) -> Any:
-    """The transformer with the weights of a checkpoint's folder, in the dtype that the run trains in."""
+def load_weights(scene: Scene, suffix: str) -> Any:
+    """The transformer with the weights of a checkpoint, or its average ("_ema"), in the dtype that the run trains in."""
     import torch
 
     from sana_tune.model.attention import install
     from sana_tune.model.half import keep_captions_fp32
     from sana_tune.model.sana import load_transformer
 
+    if scene.checkpoint.layout is ADAPTER:
+        return _load_adapter(scene, suffix)
+    part = str(PurePosixPath(scene.checkpoint.layout.of(suffix)).parent)
     dtype = torch.bfloat16 if stored_dtype(scene.checkpoint) == "bf16" else torch.float32
     transformer = load_transformer(scene.checkpoint.path, dtype, scene.device, subfolder=part)
     install(transformer)
     if precision(scene.loaded) == "fp16":
         keep_captions_fp32(transformer)
     return transformer.requires_grad_(False)
+
+
+def _load_adapter(scene: Scene, suffix: str) -> Any:
+    """The base with the checkpoint's adapter on it, as strong as validation_lycoris_strength says."""
+    from sana_tune.train.adapt import Adapter
+
+    config, layout = scene.loaded.config, scene.checkpoint.layout
+    base = frozen_base(scene.loaded, scene.folder, scene.device)
+    path = scene.checkpoint.path / layout.of(suffix)
+    adapter = Adapter(base, read_lycoris(str(path.with_name(layout.config))))
+    adapter.load(path)
+    adapter.network.set_multiplier(adapter.network.multiplier * config.adapter.validation_lycoris_strength)
+    return base.eval().requires_grad_(False)

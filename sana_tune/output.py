@@ -59,6 +59,14 @@ class Output:
         return self.root / "pipeline"
 
     @property
+    def adapter(self) -> Path:
+        return self.root / "adapter"
+
+    def result(self, config: Config) -> Path:
+        """The folder of what a finished run leaves: the pipeline, or the adapter."""
+        return self.adapter if config.model.model_type == "lora" else self.pipeline
+
+    @property
     def file_memory(self) -> Path:
         """What is known of the pictures' files, so that none is read twice."""
         return self.root / "cache" / "files.jsonl"

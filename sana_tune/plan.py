@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal
 
+from sana_tune.config.lycoris import read_lycoris
 from sana_tune.config.optimizers import saved_bytes
 from sana_tune.config.rules import distribution_of
 from sana_tune.config.schema import Config
@@ -23,7 +24,8 @@ from sana_tune.data.records import Role
 from sana_tune.data.survey import DatasetLedger, Ledger
 from sana_tune.data.timeline import Timeline, Window
 from sana_tune.errors import Problem, UserError
-from sana_tune.memory import Load, MemoryPlan, Weights, checkpointed_share
+from sana_tune.memory import Load, MemoryPlan, Weights, checkpointed_share, trained_parameters
+from sana_tune.model.adapted import adapted
 from sana_tune.model.facts import ModelFacts
 from sana_tune.model.levels import Levels, picture
 from sana_tune.model.shift import shift_for
@@ -190,6 +192,7 @@ class Plan:
     held_out: tuple[BucketPlan, ...] = ()
     epochs_shown: tuple[EpochsPlan, ...] = ()
     ranks: int = 1
+    adapter: tuple[str, ...] = ()
     saving: SavingPlan = field(default_factory=lambda: SavingPlan(0, False, ""))
     timeline: Timeline | None = field(default=None, compare=False, repr=False)
     pictures: tuple[str, ...] = ()  # what is drawn and when, in words
@@ -371,7 +374,38 @@ def make_plan(
         epochs_shown=_epochs_shown(buckets, timeline, steps, per_step),
         timeline=timeline,
         ranks=ranks,
+        adapter=adapter_lines(config, facts),
     )
+
+
+def adapter_lines(config: Config, facts: ModelFacts) -> tuple[str, ...]:
+    """What the adapter is, and usual learning rates; () in full-rank training."""
+    if config.model.model_type != "lora":
+        return ()
+    wanted, file = config.adapter, read_lycoris(config.adapter.lycoris_config)
+    found = adapted(facts.transformer, file, wanted.lycoris_config)
+    usual = usual_rate(config.optimizer.optimizer)
+    lines = [f"{file.algo} of {wanted.lycoris_config} on {found}"]
+    if config.model.base_model_precision != "no_change":
+        lines[0] += f"; the base in {config.model.base_model_precision}"
+    if wanted.init_lora:
+        lines.append(f"begins with {wanted.init_lora}" + f", as of step {wanted.init_lora_step}" * bool(begun(config)))
+    lines.append(
+        f"learning rate {config.optimizer.learning_rate:g}; usual with {config.optimizer.optimizer}: {usual:g}"
+    )
+    return tuple(lines)
+
+
+def begun(config: Config) -> int:
+    """Optimizer steps that a fresh run counts as done: those of the adapter that it begins with."""
+    return (config.adapter.init_lora_step or 0) if config.model.model_type == "lora" else 0
+
+
+def usual_rate(optimizer: str) -> float:
+    """Learning rate to begin with for LoKr: sign-based optimizers move every weight by it, others by less."""
+    if "lion" in optimizer:
+        return 2e-5
+    return 1e-2 if optimizer.endswith("sgd") else 1e-4
 
 
 def _epochs(micro_batches: int, per_epoch: int, timeline: Timeline | None) -> float:
@@ -387,7 +421,7 @@ def saving_plan(
     if memory is not None:
         on_cpu = memory.device is not None and memory.device.kind == "cpu"
         taken = memory.need.total_bytes if on_cpu else memory.host_bytes
-    return decide_saving(config, checkpoint_bytes(config, facts.parameters), taken, main_memory_bytes)
+    return decide_saving(config, checkpoint_bytes(config, trained_parameters(config, facts)), taken, main_memory_bytes)
 
 
 def validation_interval(config: Config) -> Every:
@@ -527,14 +561,15 @@ def disk_need(
     epochs: float = 0,
 ) -> DiskNeed:
     """Bytes the run will write: caches to come, the most checkpoints there are at a time, and the exported pipeline."""
-    parameters = facts.parameters
+    parameters = trained_parameters(config, facts)
     kept = most_at_once(keeping_of(config), saved_at(config), steps, epochs)
     weights = 2 if config.model.weights_dtype == "bf16" else 4
     return DiskNeed(
         caches_bytes=sum(cache.bytes_to_make for cache in caches),
         checkpoints_bytes=kept * checkpoint_bytes(config, parameters),
         kept=kept,
-        pipeline_bytes=parameters * (weights + 4 * config.ema.use_ema) + other_model_bytes,
+        pipeline_bytes=parameters * (weights + 4 * config.ema.use_ema)
+        + (0 if config.model.model_type == "lora" else other_model_bytes),
     )
 
 
@@ -551,6 +586,7 @@ def text_bytes(facts: ModelFacts, captions: int) -> int:
 def plan_lines(plan: Plan, ledger: Ledger) -> list[str]:
     """The plan in plain lines, for the screen and the log; what belongs to a line above is indented."""
     lines = [f"Model: {plan.model}, {plan.parameters / 1e6:,.1f} M parameters, flow shift {plan.flow_shift:g}"]
+    lines += [f"Adapter: {line}" if number == 0 else f"    {line}" for number, line in enumerate(plan.adapter)]
     for part in ledger.datasets:
         first, *others = dataset_lines(part, plan)
         lines += [f"Dataset {part.dataset}: {first}", *others]

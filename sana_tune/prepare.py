@@ -7,6 +7,7 @@ pictures and their captions, the prompts, the model's files, the room on the dis
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import time
@@ -20,6 +21,7 @@ from typing import Any
 from sana_tune.config.datasets import ImageDataset
 from sana_tune.config.launching import is_sharded, split
 from sana_tune.config.load import Loaded
+from sana_tune.config.lycoris import ADAPTER, LycorisFile, read_lycoris
 from sana_tune.config.schema import Config
 from sana_tune.data import shards
 from sana_tune.data.buckets import Bucket, make_buckets, settle, trained
@@ -44,6 +46,7 @@ from sana_tune.memory import (
     resident_needed,
 )
 from sana_tune.model import fetch, preview_file
+from sana_tune.model.adapted import adapted
 from sana_tune.model.facts import ModelFacts, check_bf16, check_size, estimated_bytes, from_folder, known
 from sana_tune.model.fetch_scorer import scorer_on_disk
 from sana_tune.model.identity import latent_identity, text_identity
@@ -55,6 +58,7 @@ from sana_tune.plan import (
     CacheNeed,
     Mode,
     Plan,
+    begun,
     cache_line,
     latent_bytes,
     loads_of,
@@ -157,6 +161,7 @@ def prepare(
         gather(problems, lambda: check_decoder(config, expected))
     device = device_for(config.train.device)
     gather(problems, lambda: check_quantisation(config, device))
+    gather(problems, lambda: check_adapter(config, expected))
     if problems:
         raise UserError(*problems)
     surveyed = None
@@ -206,9 +211,38 @@ def identity_of(config: Config) -> dict[str, str]:
     return {
         "model": config.model.pretrained_model_name_or_path,
         "model_type": config.model.model_type,
+        **({"adapter": adapter_file(config).digest_text()} if config.model.model_type == "lora" else {}),
         "optimizer": config.optimizer.optimizer,
         **({} if dtype == "auto" else {"weights_dtype": dtype}),
     }
+
+
+def check_adapter(config: Config, facts: ModelFacts | None) -> None:
+    """Raise UserError when the adapter that is asked for cannot be: no library, no layer, a file that is not there."""
+    wanted, problems = config.adapter, list[Problem]()
+    if config.model.model_type != "lora":
+        return
+    if importlib.util.find_spec("lycoris") is None:
+        what = "an adapter needs the library lycoris-lora, which is not installed"
+        problems.append(Problem("model_type lora", what, "pip install 'sana_tune[lokr]', or pip install lycoris-lora"))
+    if facts is not None:
+        file = gather(problems, lambda: adapter_file(config))
+        if file is not None:
+            gather(problems, lambda: adapted(facts.transformer, file, wanted.lycoris_config))
+    for key in ("init_lora", "init_lora_ema"):
+        if (path := vars(wanted)[key]) and not Path(path).is_file():
+            problems.append(Problem(key, f"there is no file {path}", "name an adapter's .safetensors file"))
+    launch = config.launch
+    if launch.processes > 1 and is_sharded(launch.accelerate_config, split(launch.accelerate_extra_args or "")):
+        what = "FSDP splits the weights over the processes, and adapters are put on whole ones"
+        problems.append(Problem("model_type lora", what, "train without FSDP: an adapter's states are small"))
+    if problems:
+        raise UserError(*problems)
+
+
+def adapter_file(config: Config) -> LycorisFile:
+    """What describes the adapter. Raises UserError with what is wrong in it."""
+    return read_lycoris(config.adapter.lycoris_config)
 
 
 def weights_of(
@@ -221,6 +255,8 @@ def weights_of(
 ) -> Weights:
     """The dtype of the trained weights, and why. folder: None for a model that is not on this machine yet."""
     launch = loaded.config.launch
+    if loaded.config.model.model_type == "lora":
+        return Weights("fp32", "an adapter's always are")
     if launch.processes > 1 and loaded.config.model.weights_dtype == "auto":
         if is_sharded(launch.accelerate_config, split(launch.accelerate_extra_args or "")):
             return Weights("fp32", "FSDP2 splits them over the processes")
@@ -463,7 +499,7 @@ def run_plan(
         facts,
         buckets,
         caches,
-        first_step=checkpoint.progress().step if checkpoint else 0,
+        first_step=checkpoint.progress().step if checkpoint else begun(config),
         disk_free_bytes=free_bytes(existing(output.root)),
         other_model_bytes=sum(sizes.values()) - sizes["transformer"],
         notes=(*notes, *loaded.notes),
@@ -783,9 +819,9 @@ def finished_already(prepared: Prepared) -> Progress | None:
     if checkpoint is None or not finished(prepared.output, plan, checkpoint):
         return None
     log.info(
-        "This run is finished: step %d of %d, its pipeline is in %s. To go on, raise max_train_steps (or "
+        "This run is finished: step %d of %d, its result is in %s. To go on, raise max_train_steps (or "
         "num_train_epochs); to begin anew, add --restart",
-        plan.first_step, plan.total_steps, prepared.output.pipeline,
+        plan.first_step, plan.total_steps, prepared.output.result(prepared.config),
     )  # fmt: skip
     return checkpoint.progress()
 
@@ -797,7 +833,8 @@ def finished(output: Output, plan: Plan, checkpoint: Checkpoint) -> bool:
 
 def is_exported(output: Output, checkpoint: Checkpoint) -> bool:
     """Whether the pipeline that stands there was made of this checkpoint, and not at the end of a shorter run."""
-    return output.pipeline.is_dir() and output.read_json("pipeline.json") == weight_hashes(checkpoint)
+    result = output.adapter if checkpoint.layout is ADAPTER else output.pipeline
+    return result.is_dir() and output.read_json("pipeline.json") == weight_hashes(checkpoint)
 
 
 def write_down_export(output: Output, progress: Progress) -> None:
@@ -809,7 +846,7 @@ def write_down_export(output: Output, progress: Progress) -> None:
 
 def weight_hashes(checkpoint: Checkpoint) -> dict[str, str]:
     """What the weights of a checkpoint are: file → SHA-256."""
-    return {name: entry["sha256"] for name, entry in checkpoint.files.items() if name.startswith("transformer")}
+    return {name: entry["sha256"] for name, entry in checkpoint.files.items() if name.endswith(".safetensors")}
 
 
 def weights_dtype(config: Config) -> str:

@@ -21,7 +21,7 @@ from sana_tune.data.survey import DatasetLedger
 from sana_tune.drawing import snippet_of
 from sana_tune.model import fetch
 from sana_tune.model.facts import NANO_LICENCE, WEIGHTS_LICENCE, ModelFacts
-from sana_tune.prepare import Prepared
+from sana_tune.prepare import Prepared, adapter_file
 from sana_tune.progress import Progress
 from sana_tune.watch.card import IMAGES, MOST_PICTURES, About, Licence, Seen, Shown, model_card
 from sana_tune.watch.hub import HubSink, Repository, find_repository, wants_hub
@@ -35,7 +35,7 @@ from sana_tune.watch.webhook import Webhooks
 
 # Settings that say something of a machine, not of a model.
 _OF_THE_MACHINE = frozenset({"pretrained_model_name_or_path", "output_dir", "resume_from_checkpoint", "device"})
-_PUBLISHED = ("model", "flow", "loss", "optimizer", "train", "ema")  # sections whose settings a card shows
+_PUBLISHED = ("model", "adapter", "flow", "loss", "optimizer", "train", "ema")  # sections whose settings a card shows
 
 
 def is_first_process() -> bool:
@@ -89,7 +89,7 @@ def script_values(config: Config, repository: Repository | None) -> dict[str, st
         "tracker_project_name": watch.tracker_project_name,
         "model_family": config.model.model_family,
         "model_type": config.model.model_type,
-        "lora_type": "",
+        "lora_type": config.adapter.lora_type if config.model.model_type == "lora" else "",
         "huggingface_path": repository.id if repository else "",
         "remote_checkpoint_path": "",
         **{key: value for key, value in drawn.items() if key.startswith("validation_")},
@@ -119,7 +119,7 @@ def pipeline_card(prepared: Prepared, progress: Progress, dtype: str, seen: Seen
     shown = [Shown(path, texts(path)) for path in seen.pictures if path.is_file()][:MOST_PICTURES]
     text = model_card(
         about(prepared, dtype),
-        place=str(prepared.output.pipeline),
+        place=str(prepared.output.result(prepared.config)),
         training=training_of(prepared, progress),
         pictures=shown,
         numbers=seen.numbers,
@@ -144,6 +144,7 @@ def about(prepared: Prepared, dtype: str) -> About:
     """What the cards of a run have in common."""
     config, facts = prepared.config, prepared.facts
     is_folder = fetch.local_folder(facts.name) is not None
+    adapter = adapter_file(config) if config.model.model_type == "lora" else None
     return About(
         title=run_name(config),
         model=Path(facts.name).name if is_folder else facts.name,
@@ -155,6 +156,8 @@ def about(prepared: Prepared, dtype: str) -> About:
         note=config.watch.model_card_note,
         safe=config.watch.model_card_safe_for_work,
         has_ema=config.ema.use_ema,
+        adapter=adapter.algo if adapter else "",
+        multiplier=adapter.multiplier if adapter else 1.0,
     )
 
 

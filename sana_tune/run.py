@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -33,13 +33,15 @@ from sana_tune.config.values import optimizer_options
 from sana_tune.data.buckets import Bucket, trained
 from sana_tune.data.records import Record
 from sana_tune.data.survey import Survey, strict_problems
-from sana_tune.drawing import autocast_dtype, precision, validator_of
+from sana_tune.drawing import frozen_base, precision, validator_of
 from sana_tune.errors import Interrupted, Problem, UserError, gather
 from sana_tune.log import log
 from sana_tune.measuring import evaluator_of, scored, scorer_folder
 from sana_tune.output import Output
+from sana_tune.plan import begun
 from sana_tune.prepare import (
     Prepared,
+    adapter_file,
     digest_of,
     finished_already,
     identity_of,
@@ -69,12 +71,13 @@ from sana_tune.watch.sinks import MetricsSink, Sink, Watcher, screen
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from sana_tune.data.loader import Batches
     from sana_tune.data.order import Order
     from sana_tune.model.flow import Objective
     from sana_tune.model.rollout import Rollout
+    from sana_tune.train.adapt import Adapter
     from sana_tune.train.checkpoint import Checkpoints
     from sana_tune.train.ema import Ema, NoEma
     from sana_tune.train.release import Release
@@ -339,6 +342,7 @@ def checkpoints_of(prepared: Prepared) -> Checkpoints:
         identity_of(config),
         background=saving.background,
         room=Room(config.train.disk_low_threshold, config.train.disk_low_action, config.train.disk_low_script),
+        begun=Progress(begun(config), prepared.plan.epoch_after(begun(config))),
     )
 
 
@@ -395,11 +399,20 @@ def build_parts(prepared: Prepared, accelerator: Accelerator) -> Parts:
     from sana_tune.train.step import Parts
 
     config, facts, wanted = prepared.config, prepared.facts, prepared.config.optimizer
-    transformer, optimizer = transformer_and_optimizer(prepared, accelerator.device)
+    adapter = None
+    if config.model.model_type == "lora":
+        adapter = adapter_of(prepared, accelerator.device)
+        transformer = adapter.transformer
+        optimizer = optimizer_of(config, transformer, accelerator.device, bf16=False)
+    else:
+        transformer, optimizer = transformer_and_optimizer(prepared, accelerator.device)
     run_blocks(config.model, transformer, accelerator, prepared.buckets, facts.vae_factor)
-    base = base_model(prepared, accelerator.device) if learns_from_base(config, prepared.buckets) else None
+    base = base_of(prepared, accelerator.device, adapter) if learns_from_base(config, prepared.buckets) else None
     auto, shift = config.flow.flow_schedule_auto_shift, prepared.plan.flow_shift
-    ema: Ema | NoEma = average_of(config.ema, transformer) if config.ema.use_ema else NoEma()
+    averaged = transformer.named_parameters() if adapter is None else adapter.named_parameters()
+    ema: Ema | NoEma = average_of(config.ema, averaged) if config.ema.use_ema else NoEma()
+    if adapter is not None:
+        begin(config, adapter, ema)
     return Parts(
         accelerator=accelerator,
         transformer=replicated(transformer, accelerator),
@@ -419,6 +432,7 @@ def build_parts(prepared: Prepared, accelerator: Accelerator) -> Parts:
         base=base,
         regularised=is_regularised(prepared.buckets),
         compiled=config.model.dynamo_backend != "no",
+        adapter=adapter,
     )
 
 
@@ -500,12 +514,12 @@ def rollout_of(config: Config) -> Rollout:
     )
 
 
-def average_of(settings: EmaConfig, transformer: Any) -> Ema:
+def average_of(settings: EmaConfig, named: Iterable[tuple[str, nn.Parameter]]) -> Ema:
     """The average of the weights."""
     from sana_tune.train.ema import Ema
 
     return Ema(
-        transformer.named_parameters(),
+        named,
         settings.ema_decay,
         settings.ema_update_interval,
         warmup=settings.ema_warmup_steps,
@@ -566,33 +580,49 @@ def optimizer_of(config: Config, transformer: Any, device: torch.device, *, bf16
     return optimizer
 
 
-def base_model(prepared: Prepared, device: torch.device) -> Any:
-    """The untrained model, frozen: what regularisation data learns from with regularisation_target base."""
-    import torch
+def adapter_of(prepared: Prepared, device: torch.device) -> Adapter:
+    """The adapter of the run, on its frozen base."""
+    from sana_tune.train.adapt import Adapter
 
-    from sana_tune.model.attention import install
-    from sana_tune.model.half import keep_captions_fp32
-    from sana_tune.model.sana import freeze, load_transformer
+    base = frozen_base(prepared.loaded, prepared.folder, device, weights_dtype(prepared.config))
+    return Adapter(base, adapter_file(prepared.config), prepared.config.train.seed)
 
-    weights = weights_dtype(prepared.config)
-    # In main memory first: the device has no room for it in fp32.
-    base: Any = load_transformer(prepared.folder, torch.float32, "cpu", variant=prepared.config.model.variant)
-    install(base)
-    if precision(prepared.loaded) == "fp16":
-        keep_captions_fp32(base)
-    dtype = torch.bfloat16 if weights == "bf16" else torch.float32
-    return freeze(base, dtype, autocast=autocast_dtype(prepared.loaded, weights)).to(device)
+
+def begin(config: Config, adapter: Adapter, ema: Ema | NoEma) -> None:
+    """Have a fresh adapter, and its average, begin as asked; a checkpoint that is restored later takes their place."""
+    from sana_tune.train.adapt import load_average
+
+    wanted = config.adapter
+    if wanted.init_lora is not None:
+        adapter.load(Path(wanted.init_lora))
+        ema.reset()
+        if wanted.init_lora_ema is not None:
+            load_average(Path(wanted.init_lora_ema), adapter, ema.state_dict())
+    elif wanted.init_lokr_norm is not None:
+        adapter.start_with_noise(wanted.init_lokr_norm, config.train.seed)
+        ema.reset()
+
+
+def base_of(prepared: Prepared, device: torch.device, adapter: Adapter | None) -> Any:
+    """What regularisation data learns from: the untrained model, or the trained one without its adapter."""
+    from sana_tune.train.adapt import AdapterOff
+
+    return (
+        frozen_base(prepared.loaded, prepared.folder, device, weights_dtype(prepared.config))
+        if adapter is None
+        else AdapterOff(adapter)
+    )
 
 
 def exported(prepared: Prepared, parts: Parts, progress: Progress, seen: Seen, crew: Crew) -> str:
     """Have the main process write the finished pipeline, and wait for it. Answers its folder."""
     from sana_tune.train.sharding import gathered
 
-    weights, average = gathered(parts.bare.state_dict()), gathered(parts.ema.state_dict())
+    weights, average = gathered(parts.kept()), gathered(parts.kept_average())
     if crew.is_main:
         export(prepared, parts, progress, seen, weights, average)
     crew.gather("the finished pipeline")
-    return str(prepared.output.pipeline)
+    return str(prepared.output.result(prepared.config))
 
 
 def export(
@@ -603,14 +633,21 @@ def export(
     weights: Mapping[str, Tensor],
     average: Mapping[str, Tensor],
 ) -> str:
-    """Write the finished pipeline. Answers its folder.
+    """Write the finished pipeline, or the adapter. Answers its folder.
 
     seen: the last pictures and numbers, for its model card. average: {} = none.
     """
-    from sana_tune.model.export import export_pipeline
+    from sana_tune.model.export import export_adapter, export_pipeline
 
-    config, out = prepared.config, prepared.output.pipeline
+    config, out = prepared.config, prepared.output.result(prepared.config)
     card = pipeline_card(prepared, progress, str(parts.input_dtype).removeprefix("torch."), seen)
+    if parts.adapter is not None:
+        comment = comment_of(config, progress)
+        export_adapter(
+            parts.adapter.file, weights, average or None, out, card.text, beside=card.pictures, comment=comment
+        )
+        write_down_export(prepared.output, progress)
+        return str(out)
     export_pipeline(
         prepared.folder,
         weights,

@@ -24,18 +24,12 @@ def export_asked(
     overwrite: bool,
 ) -> None:
     """Export a checkpoint. Raises UserError with what is wrong."""
-    problems = []
-    if merge:
-        what = "merging is for adapters (LoKr), which are not built yet; model_type full trains the weights themselves"
-        problems.append(Problem("--merge", what, "leave it out: what is exported is whole"))
     if not output:
-        problems.append(Problem("--output", "must name the folder of the pipeline", "add --output DIR"))
-    if problems or output is None:
-        raise UserError(*problems)
+        raise UserError(Problem("--output", "must name the folder of the pipeline", "add --output DIR"))
     settings = _settings(words, config, env, example, checkpoint)
     from sana_tune.exporting import Wanted, export
 
-    export(settings, Wanted(checkpoint, Path(output), ema, overwrite))
+    export(settings, Wanted(checkpoint, Path(output), ema, overwrite, merge))
 
 
 def _settings(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from sana_tune.config.build import build_section
@@ -164,3 +165,28 @@ def _names(values: dict[str, Any], preset: dict[str, Any], path: str, findings: 
 
 
 _OWN = {"linear_dim": "dim", "linear_alpha": "alpha"}
+
+
+# ---- files of what is trained ----
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a checkpoint has its weights and their average, each with a config file of this name beside it."""
+
+    weights: str
+    average: str
+    config: str
+
+    def of(self, suffix: str) -> str:
+        """The file of the weights that pictures with this suffix show: "" or "_ema"."""
+        return self.average if suffix else self.weights
+
+
+WHOLE = Layout(
+    "transformer/diffusion_pytorch_model.safetensors",
+    "transformer_ema/diffusion_pytorch_model.safetensors",
+    "config.json",
+)
+# As LyCORIS and SimpleTuner name them.
+ADAPTER = Layout("pytorch_lora_weights.safetensors", "ema/pytorch_lora_weights.safetensors", "lycoris_config.json")

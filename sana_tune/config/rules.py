@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from sana_tune.config.adapter_rules import ADAPTER_RULES, unused_adapter_settings
 from sana_tune.config.choices import LR_CYCLES_USED_BY, LR_END_DEFAULTS, LR_POWER_USED_BY
 from sana_tune.config.datasets import ConditioningDataset, EvalDataset, ImageDataset
 from sana_tune.config.evaluation_rules import known_eval_datasets, unused_evaluation_settings
@@ -554,6 +555,7 @@ CONFIG_RULES: tuple[Callable[[Config], Problem | None], ...] = (
     *VALIDATION_RULES,
     scripts_name_settings,
     *LAUNCH_RULES,
+    *ADAPTER_RULES,
 )
 
 
@@ -579,6 +581,7 @@ def check_rules(
     notes += unused_quantisation_settings(config)
     notes += unused_validation_settings(config) + preview_notes(config)
     notes += unused_hub_settings(config)
+    notes += unused_adapter_settings(config)
     for dataset in datasets:
         notes += unused_crop_settings(dataset)
         notes += unused_source_settings(dataset)

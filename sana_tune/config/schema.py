@@ -134,6 +134,24 @@ class ModelConfig(Section):
     )
 
 
+class AdapterConfig(Section):
+    lora_type: str = setting("lycoris", "library of the adapter of model_type lora: lycoris")
+    lycoris_config: str = setting(
+        "config/lycoris_config.json", "file that describes the adapter: algorithm, size, layers", min_length=1
+    )
+    init_lokr_norm: float | None = setting(
+        None, "begin with a random change of so large a share of each weight, e.g. 0.001, instead of none", gt=0, le=1
+    )
+    init_lora: str | None = setting(None, "begin with the adapter of this safetensors file")
+    init_lora_step: int | None = setting(
+        None, "count steps on from here, with a fresh optimizer; with init_lora", unit="steps", ge=0
+    )
+    init_lora_ema: str | None = setting(None, "begin with the average of this file; with init_lora and use_ema")
+    validation_lycoris_strength: float = setting(
+        1.0, "validation pictures show the adapter's change multiplied by this", ge=0
+    )
+
+
 class PictureSettings(Section):
     """Settings of a picture dataset that config.json can give for all of them; a dataset's own win."""
 
@@ -542,6 +560,7 @@ class Config(Section):
     data: DataConfig = Field(description="Data")
     flow: FlowConfig = Field(description="Noise schedule")
     loss: LossConfig = Field(description="Loss")
+    adapter: AdapterConfig = Field(description="Adapter (model_type lora)")
     rollout: RolloutConfig = Field(description="Scheduled sampling (rollouts)")
     optimizer: OptimizerConfig = Field(description="Optimizer and learning rate")
     train: TrainConfig = Field(description="Run, length and checkpoints")

@@ -1,4 +1,4 @@
-"""Trained weights → a complete pipeline folder that `diffusers.SanaPipeline.from_pretrained` loads."""
+"""Trained weights → a complete pipeline folder that `diffusers.SanaPipeline.from_pretrained` loads; or an adapter's."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
 from safetensors import SafetensorError
 from torch import Tensor
 
+from sana_tune.config.lycoris import ADAPTER, LycorisFile
 from sana_tune.errors import Problem, UserError
 from sana_tune.model.layout import CONFIGS, INDEX, Weights, choose_weights, list_files, read_json
 
@@ -41,6 +43,44 @@ def export_pipeline(
     beside: more files, path inside → source. comment: for the metadata of the trained weights.
     Raises UserError when the place cannot be written.
     """
+    with _staged(out, "pipeline") as staged:
+        _write(source, transformer_state, ema_state, staged, readme, variant, dtype, max_shard_bytes, comment)
+        _copy_beside(beside, staged)
+
+
+def export_adapter(
+    file: LycorisFile,
+    state: Mapping[str, Tensor],
+    average: Mapping[str, Tensor] | None,
+    out: Path,
+    readme: str,
+    *,
+    beside: Mapping[str, Path] = MappingProxyType({}),
+    comment: str | None = None,
+) -> None:
+    """Write an adapter's folder at `out` as `export_pipeline` writes a pipeline's: what LyCORIS's loader reads.
+
+    average: likewise in ema/.
+    """
+    from safetensors.torch import save_file
+
+    metadata = {"format": "pt", **({"modelspec.comment": comment} if comment else {})}
+    with _staged(out, "adapter") as staged:
+        for name, tensors in ((ADAPTER.weights, state), (ADAPTER.average, average)):
+            if tensors:
+                path = staged / name
+                path.parent.mkdir(exist_ok=True)
+                config = path.with_name(ADAPTER.config)
+                config.write_text(json.dumps(file.to_json(), indent=2) + "\n", encoding="utf-8")
+                save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path, metadata)
+                path.chmod(config.stat().st_mode)  # safetensors writes for the owner alone
+        (staged / "README.md").write_text(readme, encoding="utf-8")
+        _copy_beside(beside, staged)
+
+
+@contextmanager
+def _staged(out: Path, what: str) -> Iterator[Path]:
+    """A folder that takes the place of `out` at the end, unless something fails. Raises UserError."""
     staged = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -48,14 +88,13 @@ def export_pipeline(
             shutil.rmtree(left)
         staged.mkdir()
         try:
-            _write(source, transformer_state, ema_state, staged, readme, variant, dtype, max_shard_bytes, comment)
-            _copy_beside(beside, staged)
+            yield staged
             _replace(staged, out)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
     except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
         raise UserError(
-            Problem(str(out), f"the pipeline cannot be written: {error}", "make room there or name another folder")
+            Problem(str(out), f"the {what} cannot be written: {error}", "make room there or name another folder")
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 checkpoint-<step>/  transformer/{config.json, diffusion_pytorch_model.safetensors}  transformer_ema/ likewise
                     optimizer.pt  progress.json  manifest.json (last: its presence means complete)
+Of an adapter, in place of the first two: pytorch_lora_weights.safetensors and lycoris_config.json, in ema/ likewise.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from sana_tune.train.sharding import put
 from sana_tune.train.snapshot import Memory, Snapshot, copied, snapshot
 from sana_tune.train.states import load_full_state, names_of
 from sana_tune.train.step import Parts, summed
-from sana_tune.train.writing import OPTIMIZER, WEIGHTS, Terms, Writing
+from sana_tune.train.writing import OPTIMIZER, Terms, Writing
 from sana_tune.watch.background import attempt
 from sana_tune.watch.events import Event, Noticed, Saved
 
@@ -82,6 +83,7 @@ class Checkpoints:
               identity is refused.
     background: whether a copy is written while training goes on; else `save` waits until it is done.
     room:     what must be free on the disk, and what to do otherwise.
+    begun:    where a run stands that goes on from no checkpoint; None = at step 0.
     Every process calls the same methods in the same order; the main one alone writes. Events go to the `emit` of
     `telling`, on the thread that trains.
     """
@@ -94,12 +96,14 @@ class Checkpoints:
         *,
         background: bool = False,
         room: Room | None = None,
+        begun: Progress | None = None,
     ):
         self.output_dir = output_dir
         self.keeping = keeping or Keeping()
         self.identity = dict(identity or {})
         self.background = background
         self.room = room or Room()
+        self.begun = begun or Progress()
         self._judged = Judged(output_dir)
         self._accelerator: Accelerator | None = None
         self._memory: Memory | None = None
@@ -141,9 +145,9 @@ class Checkpoints:
                 folders.verify(checkpoint)
         parts.accelerator.wait_for_everyone()
         if checkpoint is None:
-            return Progress()
+            return self.begun
         folders.check_identity(checkpoint, self.identity)
-        _load_weights(checkpoint.path / "transformer" / WEIGHTS, parts.bare.state_dict())
+        _load_weights(checkpoint.path / checkpoint.layout.weights, parts.kept())
         _load_ema(parts, checkpoint)
         _load_optimizer(parts, checkpoint)
         progress = checkpoint.progress()
@@ -472,7 +476,7 @@ def _describe(tensor: Tensor) -> str:
 
 
 def _load_ema(parts: Parts, checkpoint: Checkpoint) -> None:
-    wanted, path = parts.ema.state_dict(), checkpoint.path / "transformer_ema" / WEIGHTS
+    wanted, path = parts.kept_average(), checkpoint.path / checkpoint.layout.average
     if wanted and path.exists():
         _load_weights(path, wanted)
     elif wanted:

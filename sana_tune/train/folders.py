@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sana_tune.config.lycoris import ADAPTER, WHOLE, Layout
 from sana_tune.errors import Problem, UserError
 from sana_tune.log import log
 from sana_tune.progress import Progress
@@ -51,6 +52,11 @@ class Checkpoint:
     def size_bytes(self) -> int:
         """Bytes of all files but the manifest."""
         return sum(entry["size"] for entry in self.files.values())
+
+    @property
+    def layout(self) -> Layout:
+        """Of an adapter, or of a whole transformer."""
+        return ADAPTER if ADAPTER.weights in self.files else WHOLE
 
     def progress(self) -> Progress:
         """Where the run stood. Raises UserError when progress.json cannot be read."""

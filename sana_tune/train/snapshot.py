@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sana_tune.config.lycoris import ADAPTER, WHOLE, Layout
 from sana_tune.log import log
 from sana_tune.progress import Progress
 from sana_tune.train.sharding import gathered, is_sharded
@@ -26,8 +27,8 @@ _ALIGNMENT = 64
 class Snapshot:
     """Everything that a checkpoint holds, as plain values and tensors by name.
 
-    config: of the transformer, as diffusers stores it. average: {} where none is kept. optimizer: as
-    `states.full_state` gives it.
+    config: of the transformer, as diffusers stores it, or of the adapter. average: {} where none is kept. optimizer: as
+    `states.full_state` gives it. layout: where they are kept.
     """
 
     progress: Progress
@@ -35,6 +36,7 @@ class Snapshot:
     weights: Mapping[str, Tensor]
     average: Mapping[str, Tensor]
     optimizer: Mapping[str, Any]
+    layout: Layout = WHOLE
 
     @property
     def size_bytes(self) -> int:
@@ -90,9 +92,12 @@ def snapshot(parts: Parts, progress: Progress) -> Snapshot:
     bare = parts.bare
     # diffusers notes where the model came from: a path of this machine, which is nobody's business and differs by user
     config = {key: value for key, value in json.loads(bare.to_json_string()).items() if key != "_name_or_path"}
+    if parts.adapter is not None:
+        config = parts.adapter.file.to_json()
     optimizer = full_state(parts.optimizer, names_of(bare.named_parameters()))
-    live = (bare.state_dict(), parts.ema.state_dict(), optimizer)
-    return Snapshot(progress, config, *(gathered(live) if is_sharded(bare) else live))
+    live = (parts.kept(), parts.kept_average(), optimizer)
+    layout = WHOLE if parts.adapter is None else ADAPTER
+    return Snapshot(progress, config, *(gathered(live) if is_sharded(bare) else live), layout)
 
 
 def copied(live: Snapshot, memory: Memory) -> tuple[Snapshot, Callable[[], None]]:
@@ -108,7 +113,7 @@ def copied(live: Snapshot, memory: Memory) -> tuple[Snapshot, Callable[[], None]
         return places[id(tensor)]
 
     parts = (_replaced(part, place) for part in (live.weights, live.average, live.optimizer))
-    made = Snapshot(live.progress, live.config, *parts)
+    made = Snapshot(live.progress, live.config, *parts, live.layout)
     return made, _filling(sources, list(places.values()))
 
 

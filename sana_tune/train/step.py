@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from sana_tune.data.order import MicroBatch
+    from sana_tune.train.adapt import Adapter
 
     Sample = tuple[MicroBatch, Batch]
 
@@ -55,6 +56,7 @@ class Parts:
     max_grad_norm, clip_method: 0 = no clipping; "norm" of the whole gradient or "value" of each element.
     scale: the loss scale of fp16. release: the weights are updated inside the backward pass; None = after it.
     fence: what is waited for before anything moves: a checkpoint that is being copied.
+    adapter:     what is trained in place of the model's own weights; None = these.
     compiled:    whether the blocks are compiled, so that few lengths of text are wanted.
     levels, objective, perturbation: how noise levels are drawn, what is minimised, and noise beyond the target's.
     rollout:     which samples are trained at states that the model itself led to.
@@ -81,6 +83,7 @@ class Parts:
     base: nn.Module | None = None
     regularised: bool = False
     compiled: bool = False
+    adapter: Adapter | None = None
 
     @cached_property
     def bare(self) -> Any:
@@ -95,7 +98,16 @@ class Parts:
     @cached_property
     def input_dtype(self) -> torch.dtype:
         """What the model's inputs are cast to, last of all: its weights' dtype (autocast does the rest)."""
-        return self.trained[0].dtype
+        return self.trained[0].dtype if self.adapter is None else self.bare.proj_out.weight.dtype
+
+    def kept(self) -> Mapping[str, Tensor]:
+        """What a checkpoint holds of the weights, by name: the live tensors. All of the model, or its adapter."""
+        return self.bare.state_dict() if self.adapter is None else self.adapter.state()
+
+    def kept_average(self) -> Mapping[str, Tensor]:
+        """The same of their average; {} where none is kept."""
+        average = self.ema.state_dict()
+        return {**average, **self.adapter.constants()} if self.adapter is not None and average else average
 
 
 @dataclass(frozen=True)

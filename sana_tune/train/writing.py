@@ -19,7 +19,6 @@ from sana_tune.store import sync_folder
 from sana_tune.train import folders
 from sana_tune.train.snapshot import Snapshot
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 OPTIMIZER = "optimizer.pt"
 CHUNK_BYTES = 2**22  # after each it is seen whether the write is still wanted, and rested
 LONGEST_REST_S = 1.0
@@ -112,9 +111,9 @@ class Writing:
 
     def all_of(self, snapshot: Snapshot, identity: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
         """Write everything. manifest: what stands there besides the files. Raises OSError and Abandoned."""
-        self._model("transformer", snapshot.config, snapshot.weights)
+        self._model(snapshot, snapshot.layout.weights, snapshot.weights)
         if snapshot.average:
-            self._model("transformer_ema", snapshot.config, snapshot.average)
+            self._model(snapshot, snapshot.layout.average, snapshot.average)
         file = self._open(OPTIMIZER)
         try:
             torch.save(dict(snapshot.optimizer), file)  # pyright: ignore[reportArgumentType]
@@ -127,15 +126,16 @@ class Writing:
             sync_folder(folder)
         sync_folder(self.staged)
 
-    def _model(self, name: str, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-        """A folder that diffusers' `from_pretrained` reads: config.json and one safetensors file."""
-        (self.staged / name).mkdir()
-        self._json(f"{name}/config.json", config)
-        file = self._open(f"{name}/{WEIGHTS}")
+    def _model(self, snapshot: Snapshot, name: str, state: Mapping[str, Tensor]) -> None:
+        """One safetensors file and its config, as diffusers' `from_pretrained` or LyCORIS reads them."""
+        folder = (self.staged / name).parent
+        folder.mkdir(exist_ok=True)
+        self._json((folder / snapshot.layout.config).relative_to(self.staged).as_posix(), snapshot.config)
+        file = self._open(name)
         try:
             write_tensors(file, state)
         finally:
-            self._close(f"{name}/{WEIGHTS}", file)
+            self._close(name, file)
 
     def _json(self, name: str, values: Mapping[str, Any]) -> None:
         file = self._open(name)

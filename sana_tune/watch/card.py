@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sana_tune.config.lycoris import ADAPTER
 from sana_tune.watch.events import Event, Measured, Validated
 
+_ALGORITHMS = {"lokr": "LoKr", "loha": "LoHa", "locon": "LoRA (LoCon)"}
 IMAGES = "images"  # folder of the gallery beside README.md
 MOST_PICTURES = 12
 GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
@@ -33,6 +35,23 @@ transformer = SanaTransformer2DModel.from_pretrained(
     {place}, subfolder={subfolder}, torch_dtype=torch.{dtype}
 )
 pipe = SanaPipeline.from_pretrained({base}, transformer=transformer, torch_dtype=torch.{dtype})
+{draw}```"""
+ADAPTER_SNIPPET = """```python
+import os
+
+import torch
+from diffusers import SanaPipeline
+from huggingface_hub import hf_hub_download
+from lycoris import create_lycoris_from_weights  # pip install lycoris-lora
+
+place, file = {place}, {file}
+path = os.path.join(place, file) if os.path.isdir(place) else hf_hub_download(place, file)
+pipe = SanaPipeline.from_pretrained({base}, torch_dtype=torch.{dtype})
+with torch.no_grad():
+    adapter, _ = create_lycoris_from_weights({multiplier}, path, pipe.transformer)
+adapter.apply_to()
+adapter.to(pipe.transformer.device, pipe.transformer.dtype)
+pipe.transformer.add_module("lycoris", adapter)  # so that it moves with the model
 {draw}```"""
 _DRAW = """pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 image = pipe(
@@ -67,7 +86,8 @@ class About:
 
     model: what it was trained from, as people call it; base_model: its id on the hub, None for a folder.
     sample: prompt, width, height, steps, guidance, seed, dtype of the snippet. settings: name → value, without secrets
-    and paths. datasets: a line each. note: the user's own words. safe: whether all audiences may see what it draws.
+    and paths. adapter: its algorithm, such as lokr; "" = whole weights. multiplier: it was trained with. datasets: a
+    line each. note: the user's own words. safe: whether all audiences may see what it draws.
     """
 
     title: str
@@ -80,6 +100,8 @@ class About:
     note: str | None = None
     safe: bool = False
     has_ema: bool = False
+    adapter: str = ""
+    multiplier: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -123,7 +145,8 @@ def model_card(
     whole pipeline yet. training: name → value lines. pictures: of the gallery, which lie in `IMAGES` beside the text.
     """
     shown = list(pictures)[:MOST_PICTURES]
-    kind = "A checkpoint of a full-rank fine-tune" if checkpoint else "A full-rank fine-tune"
+    what = f"{_ALGORITHMS.get(about.adapter, about.adapter)} adapter" if about.adapter else "full-rank fine-tune"
+    kind = f"A checkpoint of a {what}" if checkpoint else f"A {what}"
     parts = [
         _front_matter(about, shown),
         f"# {about.title}\n",
@@ -131,7 +154,7 @@ def model_card(
         f"{about.note.strip()}\n" if about.note else "",
         "## Use\n",
         _snippet(about, place, checkpoint) + "\n",
-        _ema(checkpoint) if about.has_ema else "",
+        _ema(about, checkpoint) if about.has_ema else "",
         _gallery(shown),
         "## Training\n",
         "\n".join(f"- {name}: {value}" for name, value in training.items()) + "\n",
@@ -146,10 +169,11 @@ def model_card(
 def _front_matter(about: About, pictures: Sequence[Shown]) -> str:
     import yaml
 
-    tags = ["text-to-image", "diffusers", "sana", "sana_tune", "full"]
+    tags = ["text-to-image", "diffusers", "sana", "sana_tune", *(("lora", "lycoris") if about.adapter else ("full",))]
+    relation = "adapter" if about.adapter else "finetune"
     values: dict[str, Any] = {
         **about.licence.front_matter(),
-        **({"base_model": about.base_model, "base_model_relation": "finetune"} if about.base_model else {}),
+        **({"base_model": about.base_model, "base_model_relation": relation} if about.base_model else {}),
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "tags": tags if about.safe else [*tags, "not-for-all-audiences"],
@@ -171,6 +195,12 @@ def _model_link(about: About) -> str:
 def _snippet(about: About, place: str, checkpoint: str | None) -> str:
     draw = _DRAW.format(**about.sample)
     quoted, dtype = json.dumps(place, ensure_ascii=False), about.sample["dtype"]
+    if about.adapter:
+        base, file = json.dumps(about.base_model or about.model, ensure_ascii=False), ADAPTER.weights
+        file = json.dumps(f"{checkpoint}/{file}" if checkpoint else file)
+        return ADAPTER_SNIPPET.format(
+            place=quoted, file=file, base=base, dtype=dtype, draw=draw, multiplier=about.multiplier
+        )
     if checkpoint is None:
         return PIPELINE_SNIPPET.format(place=quoted, dtype=dtype, draw=draw)
     base = json.dumps(about.base_model or about.model, ensure_ascii=False)
@@ -178,7 +208,10 @@ def _snippet(about: About, place: str, checkpoint: str | None) -> str:
     return CHECKPOINT_SNIPPET.format(place=quoted, subfolder=subfolder, base=base, dtype=dtype, draw=draw)
 
 
-def _ema(checkpoint: str | None) -> str:
+def _ema(about: About, checkpoint: str | None) -> str:
+    if about.adapter:
+        file = f"{checkpoint}/{ADAPTER.average}" if checkpoint else ADAPTER.average
+        return f"`{file}` is the moving average of the adapter's weights; to draw with it, load it instead.\n"
     folder = f"{checkpoint}/transformer_ema" if checkpoint else "transformer_ema"
     return (
         f"`{folder}/` holds the moving average of the weights; to draw with it, load it with "
