@@ -305,7 +305,7 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
 
 
 def load_weights(scene: Scene, suffix: str) -> Any:
-    """The transformer with the weights of a checkpoint, or its average ("_ema"), in the dtype that the run trains in."""
+    """The transformer with a checkpoint's weights, or their average ("_ema"), in the dtype that the run trains in."""
     import torch
 
     from sana_tune.model.attention import install

@@ -73,10 +73,8 @@ def norm_is_of_lokr(config: Config) -> Problem | None:
         what = "DoRA needs the base's weights as they are; found a quantised base, or bypass_mode"
         return Problem(f"{where}: dora_wd", what, "set it to false, or use base_model_precision no_change")
     if file.dora_wd and config.model.mixed_precision != "no":
-        what = "DoRA adds to the weights themselves, which need fp32 for it; found mixed_precision "
-        return Problem(
-            f"{where}: dora_wd", what + config.model.mixed_precision, "set it to false, or mixed_precision no"
-        )
+        what = f"DoRA needs fp32 weights to add to; found mixed_precision {config.model.mixed_precision}"
+        return Problem(f"{where}: dora_wd", what, "set it to false, or mixed_precision no")
     return None
 
 

@@ -152,7 +152,7 @@ def _names(values: dict[str, Any], preset: dict[str, Any], path: str, findings: 
         if not isinstance(given, dict):
             findings.wrong(where, "must be an object", 'write {"factor": 16}')
             continue
-        renamed = {_OWN.get(key, key): value for key, value in given.items()}
+        renamed = {_OWN.get(str(key), str(key)): value for key, value in given.items()}
         if unknown := sorted(renamed.keys() - Override.model_fields.keys()):
             known = ", ".join(Override.model_fields)
             findings.wrong(f"{where}: {unknown[0]}", "there is no such setting here", f"a class may have: {known}")

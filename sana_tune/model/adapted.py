@@ -51,7 +51,8 @@ class Adapted:
     def __str__(self) -> str:
         share = 100 * self.parameters / self.model_parameters
         kinds = ", ".join(f"{count} in {name}" for name, count in self.classes.items())
-        return f"{len(self.layers)} layers ({kinds}), {self.parameters / 1e6:,.2f} M parameters = {share:.2g} % of the model"
+        size = f"{self.parameters / 1e6:,.2f} M parameters = {share:.2g} % of the model"
+        return f"{len(self.layers)} layers ({kinds}), {size}"
 
 
 def adapted(transformer: Mapping[str, Any], file: LycorisFile, where: str = "lycoris_config") -> Adapted:

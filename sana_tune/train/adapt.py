@@ -7,6 +7,7 @@ which is put back as it was.
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -128,6 +129,7 @@ def _network(transformer: Any, file: LycorisFile) -> Any:
     """LyCORIS's network on the layers that the file names. Its class is left as it was found."""
     from lycoris.wrapper import LycorisNetwork
 
+    logging.getLogger("LyCORIS").setLevel(logging.WARNING)  # its own handler writes to the screen
     before = {name: vars(LycorisNetwork)[name] for name in _CLASS_STATE}
     overrides = {name: own.model_dump(exclude_none=True) for name, own in file.module_algo_map.items()}
     try:
@@ -144,8 +146,8 @@ def _network(transformer: Any, file: LycorisFile) -> Any:
             multiplier=file.multiplier,
             lora_dim=file.rank,
             conv_lora_dim=file.rank,
-            alpha=file.alpha,
-            conv_alpha=file.alpha,
+            alpha=file.alpha,  # pyright: ignore[reportArgumentType]
+            conv_alpha=file.alpha,  # pyright: ignore[reportArgumentType]
             network_module=file.algo,
             use_tucker=file.use_tucker,
             factor=file.factor,

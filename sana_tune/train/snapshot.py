@@ -97,7 +97,8 @@ def snapshot(parts: Parts, progress: Progress) -> Snapshot:
     optimizer = full_state(parts.optimizer, names_of(bare.named_parameters()))
     live = (parts.kept(), parts.kept_average(), optimizer)
     layout = WHOLE if parts.adapter is None else ADAPTER
-    return Snapshot(progress, config, *(gathered(live) if is_sharded(bare) else live), layout)
+    weights, average, states = gathered(live) if is_sharded(bare) else live
+    return Snapshot(progress, config, weights, average, states, layout)
 
 
 def copied(live: Snapshot, memory: Memory) -> tuple[Snapshot, Callable[[], None]]:
@@ -112,8 +113,8 @@ def copied(live: Snapshot, memory: Memory) -> tuple[Snapshot, Callable[[], None]
             sources.append(tensor.detach())
         return places[id(tensor)]
 
-    parts = (_replaced(part, place) for part in (live.weights, live.average, live.optimizer))
-    made = Snapshot(live.progress, live.config, *parts, live.layout)
+    weights, average, states = (_replaced(part, place) for part in (live.weights, live.average, live.optimizer))
+    made = Snapshot(live.progress, live.config, weights, average, states, live.layout)
     return made, _filling(sources, list(places.values()))
 
 
