@@ -4,9 +4,9 @@ Weights alone are packed; what is computed stays in the precision of its inputs 
 its matrix, and so does its backward pass, so that no dense weight is kept. bitsandbytes packs nf4 (QLoRA, arXiv
 2305.14314) and int8, torchao int8 and fp8.
 
-The 1×1 convolutions of GLUMBConv hold nearly half of Sana's weights. Such a convolution is a matrix on the channels of each
-place, so they are packed as the linear layers are, in a layer that stays a convolution to the outside: adapters find
-what they find on an unquantised base, and their files fit both.
+The 1×1 convolutions of GLUMBConv hold nearly half of Sana's weights. Such a convolution is a matrix on the channels of
+each place, so they are packed as the linear layers are, in a layer that stays a convolution to the outside: adapters
+find what they find on an unquantised base, and their files fit both.
 """
 
 from __future__ import annotations
