@@ -29,6 +29,7 @@ NOISY_LIBRARIES = (
     "huggingface_hub",
     "PIL",
     "torch",
+    "torchao",
     "transformers",
     "urllib3",
 )

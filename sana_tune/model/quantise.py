@@ -4,9 +4,9 @@ Weights alone are packed; what is computed stays in the precision of its inputs 
 its matrix, and so does its backward pass, so that no dense weight is kept. bitsandbytes packs nf4 (QLoRA, arXiv
 2305.14314) and int8, torchao int8 and fp8.
 
-The 1×1 convolutions of GLUMBConv hold half of Sana's weights. Such a convolution is a matrix on the channels of each
-place, so they are packed as the linear layers are, in a layer that stays a convolution to the outside: adapters find
-what they find on an unquantised base, and their files fit both.
+The 1×1 convolutions of GLUMBConv hold nearly half of Sana's weights. Such a convolution is a matrix on the channels of
+each place, so they are packed as the linear layers are, in a layer that stays a convolution to the outside: adapters
+find what they find on an unquantised base, and their files fit both.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -88,10 +89,13 @@ def quantise(
     for name, parameter in model.named_parameters():
         dense[name] = parameter.numel() * (default_dtype or parameter.dtype).itemsize
     where = device if via == "accelerator" else torch.device("cpu")
+    tables: list[Any] = []
     for name in names:
         parent, _, last = name.rpartition(".")
         holder = model.get_submodule(parent)
-        holder.register_module(last, _packed(holder.get_submodule(last), precision, where, device, default_dtype))
+        made = _packed(holder.get_submodule(last), precision, where, device, default_dtype)
+        _share(made, tables)
+        holder.register_module(last, made)
     _settle(model, device, default_dtype)
     error = if_all = None
     if before is not None:
@@ -110,10 +114,17 @@ def matrices_of(model: nn.Module) -> list[str]:
     ]
 
 
+def is_packed(layer: nn.Module) -> bool:
+    """Whether a layer's weight is packed: what adds to it must add to its output (LyCORIS: `bypass_mode`)."""
+    return isinstance(layer, _Packed)
+
+
 def footprint(model: nn.Module) -> int:
     """Bytes of a network's parameters and buffers with the scales of packed weights, each counted once."""
     found: dict[tuple[str, int], int] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
+    states = [module.state for module in model.modules() if isinstance(module, _Packed) and module.state is not None]
+    apart = [[state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code] for state in states]
+    for tensor in (*model.parameters(), *model.buffers(), *chain(*apart)):
         for part in _parts(tensor):
             storage = part.untyped_storage()
             found[str(part.device), storage.data_ptr()] = storage.nbytes()
@@ -124,23 +135,30 @@ def footprint(model: nn.Module) -> int:
 
 
 class _Packed(nn.Module):
-    """A frozen matrix [out, in] that is packed: `weight`, with `scale` where the format keeps it apart."""
+    """A frozen matrix [out, in] that is packed: `weight`, with what the format keeps apart in `scale` or `state`."""
 
     precision: str
     weight: Any
     bias: Any
-    scale: Any
+    scale: Any  # int8-bnb: [out, 1] fp32
+    state: Any  # nf4-bnb: bitsandbytes' QuantState
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The matrix unpacked: [out, in]."""
         if self.precision == "nf4-bnb":
             from bitsandbytes.functional import dequantize_4bit
 
-            return dequantize_4bit(self.weight.data, self.weight.quant_state).to(dtype)
+            return dequantize_4bit(self.weight, self.state).to(dtype)
         if self.scale is None:
             return self.weight.dequantize().to(dtype)
         out = torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device)
         return torch.mul(self.weight, self.scale, out=out)  # in fp32, rounded once
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if self.state is not None:
+            self.state.to(self.weight.device)
+        return self
 
     def multiply(self, tokens: Tensor) -> Tensor:
         """[..., in] → [..., out], in the precision of the tokens or of autocast, as of a linear layer."""
@@ -150,7 +168,7 @@ class _Packed(nn.Module):
         if self.precision == "nf4-bnb":
             from bitsandbytes import matmul_4bit
 
-            return matmul_4bit(tokens, self.weight, quant_state=self.weight.quant_state, bias=bias)
+            return matmul_4bit(tokens, self.weight, quant_state=self.state, bias=bias)
         return _Product.apply(tokens, bias, self)  # pyright: ignore[reportReturnType]
 
 
@@ -201,28 +219,26 @@ def _packed(
     else:
         made = QuantisedLinear(layer.in_features, layer.out_features, bias=False, device="meta")
     made.precision, made.bias = precision, layer.bias
-    weight, scale = pack(layer.weight.detach().flatten(1).to(where), precision)
-    moved = weight.to(device)
-    if dtype is not None and precision == "nf4-bnb":
-        moved.quant_state.dtype = dtype  # what it unpacks to, with no other on the way
-    made.weight = moved if isinstance(moved, nn.Parameter) else nn.Parameter(moved, requires_grad=False)
+    weight, made.state, scale = pack(layer.weight.detach().flatten(1).to(where), precision)
+    made.weight = nn.Parameter(weight.to(device), requires_grad=False)
     made.register_buffer("scale", None if scale is None else scale.to(device))
+    if made.state is not None:
+        made.state.to(device)
+        made.state.dtype = dtype or made.state.dtype  # what it unpacks to, with no other on the way
     return made.train(layer.training)
 
 
-def pack(matrix: Tensor, precision: str) -> tuple[Any, Tensor | None]:
-    """A matrix [out, in] packed where it lies: its parameter, and its rows' scales where they are apart."""
+def pack(matrix: Tensor, precision: str) -> tuple[Tensor, Any, Tensor | None]:
+    """A matrix [out, in] packed where it lies, with `state` and `scale` of _Packed."""
     if precision == "nf4-bnb":
-        from bitsandbytes.nn import Params4bit
+        from bitsandbytes.functional import quantize_4bit
 
-        kind: Any = Params4bit
-        packed = kind(matrix, requires_grad=False, compress_statistics=True, quant_type="nf4")
-        return packed.to(matrix.device), None
+        return *quantize_4bit(matrix, compress_statistics=True, quant_type="nf4"), None
     if precision == "int8-bnb":
         from bitsandbytes.functional import int8_vectorwise_quant
 
         values, largest, _ = int8_vectorwise_quant(matrix.to(torch.float16))
-        return nn.Parameter(values, requires_grad=False), largest[:, None] / 127
+        return values, None, largest[:, None] / 127
     from torchao.quantization import (  # pyright: ignore[reportMissingImports]
         Float8WeightOnlyConfig,
         Int8WeightOnlyConfig,
@@ -234,17 +250,25 @@ def pack(matrix: Tensor, precision: str) -> tuple[Any, Tensor | None]:
     holder = nn.Sequential(nn.Linear(*reversed(matrix.shape), bias=False, device="meta"))
     holder[0].weight = nn.Parameter(matrix, requires_grad=False)
     quantize_(holder, kinds[precision](granularity=PerRow(), set_inductor_config=False))
-    return holder[0].weight, None
+    return holder[0].weight.data, None, None
+
+
+def _share(layer: _Packed, tables: list[Any]) -> None:
+    """Have all layers of nf4 look their values up in the same tables, a kilobyte each. tables: the first layer's."""
+    if layer.state is not None:
+        tables[:] = tables or [layer.state.code, layer.state.state2.code]
+        layer.state.code, layer.state.state2.code = tables
 
 
 def _settle(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
     """Put on the device what is not packed, cast before it goes; buffers keep their dtype."""
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, parameter in list(module.named_parameters(recurse=False)):
             if isinstance(module, _Packed) and name == "weight":
                 continue
-            parameter.data = parameter.data.to(dtype or parameter.dtype).to(device)
-        for name, buffer in module.named_buffers(recurse=False):
+            moved = parameter.data.to(dtype or parameter.dtype).to(device)
+            setattr(module, name, nn.Parameter(moved, requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device))
 
 
@@ -311,12 +335,9 @@ def _count(number: int) -> str:
 
 
 def _parts(tensor: Any) -> Iterator[Tensor]:
-    """The tensors that hold a tensor's bytes: a packed one has several."""
-    state = vars(tensor).get("quant_state")
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _parts(vars(tensor)[name])
+    """The tensors that hold a tensor's bytes: torchao's have several."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
         return
-    yield tensor
-    if state is not None:
-        yield from (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(vars(tensor)[name])

@@ -15,7 +15,7 @@ OURS, OTHERS = ("seed", "learning_rate"), ("repeats", "id")
         ("delete_unwanted_images", True, "cannot be used", ""),
         ("delete_unwanted_images", "false", "", ""),
         ("hash_filenames", True, "", "has no effect here"),
-        ("base_model_precision", "nf4-bnb", "changes what is trained", ""),
+        ("gradient_precision", "fp32", "changes what is trained", ""),
         ("enable_watermark", True, "", "not built yet"),
         ("repeats", 1, "is a setting of a dataset", ""),
         ("sed", 1, "did you mean seed?", ""),

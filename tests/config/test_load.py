@@ -89,7 +89,11 @@ MISTAKES = {
     "optimizer nearly right": ({"optimizer": "torch-adamv"}, {}, "did you mean 'torch-adam"),
     "optimizer of theirs": ({"optimizer": "soap"}, {}, "the nearest is optimi-stableadamw"),
     "lora": ({"model_type": "lora"}, {}, "not built yet"),
-    "quantised base": ({"base_model_precision": "nf4-bnb"}, {}, "base_model_precision: changes what is trained"),
+    "quantised base": (
+        {"base_model_precision": "nf4-bnb"},
+        {},
+        "base_model_precision: a quantised base must be frozen",
+    ),
     "deletes files": ({"delete_unwanted_images": True}, {}, "nothing is ever deleted"),
     "bad size": ({"validation_resolution": "1024 by 768"}, {}, "N or WxH"),
     "crop by faces": ({}, {"crop_style": "face"}, "'face' is not built yet"),

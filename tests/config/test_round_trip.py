@@ -26,6 +26,7 @@ from sana_tune.config.choices import (
     LR_SCHEDULERS,
     NOISE_DISTRIBUTIONS,
     OPTIMIZERS,
+    PRECISIONS,
     SAMPLERS,
 )
 from sana_tune.config.datasets import ImageDataset
@@ -51,6 +52,7 @@ SIZES = st.lists(st.tuples(st.integers(32, 2048), st.integers(32, 2048)), min_si
 )
 OF_KEYS: dict[str, st.SearchStrategy[Any]] = {
     "optimizer": st.sampled_from(sorted(OPTIMIZERS)),
+    "text_encoder_1_precision": st.sampled_from(sorted(PRECISIONS)),
     "lr_scheduler": st.sampled_from(sorted(LR_SCHEDULERS)),
     "caption_strategy": st.sampled_from(sorted(set(CAPTION_STRATEGIES) - {"parquet", "csv", "huggingface"})),
     "validation_resolution": SIZES,
@@ -93,7 +95,7 @@ BY_HAND = {"pretrained_model_name_or_path", "data_backend_config", "id", "instan
            *SourceSettings.model_fields,
            "flow_custom_timesteps", "flow_use_uniform_schedule", "flow_use_beta_schedule", "snr_gamma",
            "optimizer_config", "optimizer_release_gradients", "lr_scale_sqrt",
-           "gradient_checkpointing_segment_stride", "dynamo_backend", "validation_method",
+           "gradient_checkpointing_segment_stride", "dynamo_backend", "base_model_precision", "validation_method",
            "validation_external_script", "eval_dataset_id",
            "webhook_config", "post_checkpoint_script", "post_upload_script", "modelspec_comment",
            "disk_low_action", "checkpoints_keep_every", *LaunchConfig.model_fields}  # fmt: skip

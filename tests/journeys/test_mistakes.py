@@ -261,7 +261,7 @@ MISTAKES: dict[str, tuple[Change, str, tuple[str, ...]]] = {
     ),
     "sine": (nothing, "--lr_scheduler sine", ("lr_scheduler", "cosine")),
     "fp8": (nothing, "--mixed_precision fp8", ("'fp8' is not built yet", "use bf16")),
-    "quantised and full": (edit(base_model_precision="nf4-bnb"), "", ("base_model_precision: changes what is",)),
+    "quantised and full": (edit(base_model_precision="nf4-bnb"), "", ("base_model_precision: a quantised base", "GB")),
     "a flavour": (edit(model_flavour="sana1.0-1.6b-1024"), "", ("model_flavour", "pretrained_model_name_or_path")),
     "deleting": (edit(BACKENDS, delete_unwanted_images=True), "", ("nothing is ever deleted",)),
     "two distributions of noise": (

@@ -36,9 +36,9 @@ def test_identity_follows_how_it_is_encoded(model):
     texts = {
         text_identity(model, instruction=instruction, dtype=dtype)
         for instruction in ("", "Draw: ")
-        for dtype in ("fp32", "bf16")
+        for dtype in ("fp32", "bf16", "stored", "stored, nf4-bnb")
     }
-    assert len(texts) == 4
+    assert len(texts) == 8
     before = text_identity(model, instruction="", dtype="fp32")
     (model / "tokenizer/special_tokens_map.json").write_text("{}")
     assert text_identity(model, instruction="", dtype="fp32") != before, "the tokenizer counts"
