@@ -58,7 +58,6 @@ LATER_OUTPUT: dict[str, tuple[Any, ...]] = {
     "strict_epoch_limit": (),
     "text_encoder_1_precision": (),
     "vae_enable_slicing": (),
-    "vae_enable_tiling": (),
     "enable_watermark": (),
 }
 
