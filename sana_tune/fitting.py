@@ -161,27 +161,30 @@ class _Choice:
     cost: float = 0.0
 
 
-def candidates(wanted: Wanted) -> list[Candidate]:
+def candidates(wanted: Wanted) -> Iterator[Candidate]:
     """Every way to train, whether it fits or not, the least costly first; the first is as it is asked."""
-    found = []
-    for weights in _weights(wanted):
-        for average in _averages(wanted.config):
-            for batch, loads in _batches(wanted, bool(weights.changes.get("optimizer_release_gradients"))):
-                for blocks in _blocks(wanted):
-                    chosen = (weights, average, batch, blocks)
-                    changes = {key: value for choice in chosen for key, value in choice.changes.items()}
-                    found.append(_candidate(wanted, changes, chosen, loads))
-    return sorted(found, key=lambda each: (each.cost, -each.footprint.training.total_bytes))
+    found = [
+        ((weights, average, batch, blocks), loads)
+        for weights in _weights(wanted)
+        for average in _averages(wanted.config)
+        for batch, loads in _batches(wanted, bool(weights.changes.get("optimizer_release_gradients")))
+        for blocks in _blocks(wanted)
+    ]
+    for chosen, loads in sorted(found, key=lambda each: _sum(each[0])):
+        yield _candidate(wanted, chosen, loads)
 
 
-def _candidate(
-    wanted: Wanted, changes: dict[str, Any], chosen: Sequence[_Choice], loads: tuple[Load, ...]
-) -> Candidate:
-    changes = {**changes, **_besides(wanted, changed(wanted.config, changes), loads)}
+def _sum(chosen: Sequence[_Choice]) -> float:
+    return sum(choice.cost for choice in chosen)
+
+
+def _candidate(wanted: Wanted, chosen: Sequence[_Choice], loads: tuple[Load, ...]) -> Candidate:
+    changes = {key: value for choice in chosen for key, value in choice.changes.items()}
+    changes |= _besides(wanted, changed(wanted.config, changes), loads)
     return Candidate(
         changes,
         tuple(word for choice in chosen for word in choice.given_up),
-        sum(choice.cost for choice in chosen),
+        _sum(chosen),
         footprint(wanted, changed(wanted.config, changes), loads),
         max(loads, key=lambda load: load.width_px * load.height_px * load.batch_size),
     )
@@ -310,9 +313,14 @@ def _blocks(wanted: Wanted) -> Iterator[_Choice]:
 # ---- what fits ----
 
 
-def fitting(wanted: Wanted) -> list[Candidate]:
+def fitting(wanted: Wanted) -> Iterator[Candidate]:
     """The candidates that fit, the least costly first."""
-    return [one for one in candidates(wanted) if one.footprint.most_bytes <= wanted.room_bytes]
+    return (one for one in candidates(wanted) if one.footprint.most_bytes <= wanted.room_bytes)
+
+
+def _fits(wanted: Wanted) -> bool:
+    """Whether anything fits."""
+    return next(fitting(wanted), None) is not None
 
 
 @dataclass(frozen=True)
@@ -334,7 +342,7 @@ def missing(wanted: Wanted) -> Missing:
         instead.append("vae_batch_size 1 in the datasets that name one of their own")
     side = round(math.sqrt(max(load.width_px * load.height_px for load in wanted.loads)))
     for smaller in (768, 512, 256):
-        if smaller < side and fitting(at_size(wanted, wanted.facts, smaller)):
+        if smaller < side and _fits(at_size(wanted, wanted.facts, smaller)):
             instead.append(f"pictures of {smaller} px (resolution {smaller})")
             break
     for name in KNOWN:
@@ -343,7 +351,7 @@ def missing(wanted: Wanted) -> Missing:
             continue
         exact = {} if facts.bf16_safe else {"mixed_precision": "no", "weights_dtype": "fp32"}
         smaller = at_size(replace(wanted, config=changed(wanted.config, exact)), facts, facts.native_px)
-        if facts.native_px <= side and fitting(smaller):
+        if facts.native_px <= side and _fits(smaller):
             instead.append(f"the smaller model {name}")
     return Missing(least, least.footprint.most_bytes - wanted.room_bytes, tuple(instead))
 
@@ -370,11 +378,10 @@ def choose(wanted: Wanted, trial: Trial | None = None) -> Found:
 
     After one that fails, only those that are estimated to take less are tried.
     """
-    fits = fitting(wanted)
-    if trial is None or not fits:
-        return Found(fits[0] if fits else None)
+    if trial is None:
+        return Found(next(fitting(wanted), None))
     failed: list[tuple[Candidate, Tried]] = []
-    for one in fits:
+    for one in fitting(wanted):
         if failed and one.footprint.training.total_bytes >= failed[-1][0].footprint.training.total_bytes:
             continue
         tried = trial(one)

@@ -65,7 +65,8 @@ def costs_told(wanted: Wanted, found: Found) -> Iterator[str]:
     for key, value in chosen.changes.items():
         before = changes_told({key: vars(vars(wanted.config)[homes[key]])[key]}).removeprefix(f"{key} ")
         now = changes_told({key: value}).removeprefix(f"{key} ")
-        yield f"  {key} {before} → {now}: {_why(key, chosen)}"
+        if now != before:  # else only written down
+            yield f"  {key} {before} → {now}: {_why(key, chosen)}"
     if found.tried is None:
         yield "These are the plan's estimates: nothing was tried on a GPU."
 
