@@ -82,6 +82,9 @@ def fit_asked(asked: Asked, say: Say) -> int:
     for line in (*told(wanted), *start.notes):
         say(line)
     tries = bool(gpus()) if asked.tries is None else asked.tries
+    if tries and wanted.facts.folder is None and known(wanted.facts.name) is None:
+        tries = False
+        say(f"Nothing is tried: what {wanted.facts.name} is made of is not known before it is downloaded")
     found = choose(wanted, trial_on(asked.device, wanted, say) if tries else None)
     if found.chosen is None:
         raise UserError(nothing_fits(wanted, missing(wanted), found.failed))

@@ -87,6 +87,21 @@ def test_a_file_is_never_replaced_unasked(home, capsys):
     assert read("config.json")["gradient_checkpointing"] is True
 
 
+def test_a_place_that_cannot_be_written_is_told(home, capsys):
+    config_file()
+    Path("folder").mkdir()
+    for place in ("folder", "config.json/inside.json"):
+        assert exit_code(["fit", "--vram", "3", "--output", place, "--overwrite"]) == 1
+        assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_model_of_which_nothing_is_known_is_not_tried(home, capsys):
+    config_file(**{"--pretrained_model_name_or_path": "somebody/their-sana", "resolution": 256})
+    assert exit_code(["fit", "--vram", "80", "--try"]) == 0
+    said = capsys.readouterr().out
+    assert "Nothing is tried: what somebody/their-sana is made of is not known" in said and "tried: optimi" not in said
+
+
 def test_batches_of_a_dataset_are_left_alone_and_said(home, capsys):
     config_file(entry={"train_batch_size": 48})
     assert exit_code(["fit", "--vram", "3"]) == 0
