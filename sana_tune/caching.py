@@ -302,7 +302,8 @@ def vae_of(prepared: Prepared, device: torch.device) -> ImageCoder:
     """The run's VAE. UserError when there is no room for it."""
     from sana_tune.model.sana import load_vae
 
-    return _loaded(lambda: load_vae(prepared.folder, device, variant=prepared.config.model.variant), "VAE")
+    variant, tiled = prepared.config.model.variant, prepared.config.data.vae_tiled_encoding
+    return _loaded(lambda: load_vae(prepared.folder, device, variant=variant, tiled_encoding=tiled), "VAE")
 
 
 def _loaded(load: Callable[[], Any], name: str) -> Any:

@@ -94,7 +94,8 @@ def painter_of(prepared: Prepared, device: torch.device) -> Painter:
     from sana_tune.model.generate import Painter
 
     autocast = autocast_dtype(prepared.loaded, prepared.plan.weights.dtype) if device.type != "cpu" else None
-    return Painter(prepared.folder, device, autocast=autocast, variant=prepared.config.model.variant)
+    tiled, variant = prepared.config.validation.vae_enable_tiling, prepared.config.model.variant
+    return Painter(prepared.folder, device, autocast=autocast, variant=variant, tiled=tiled)
 
 
 def picture_at_worst(prepared: Prepared, parts: Parts) -> Callable[[], None] | None:

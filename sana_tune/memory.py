@@ -43,6 +43,7 @@ TARGET_BATCH = 4  # pictures per optimizer step that is recommended
 # Encoding: Gemma-2's layers over a batch of texts; DC-AE's first stage, 128 channels at full size, a few at a time.
 _TEXT_WORK_BYTES = 500_000_000
 _VAE_CHANNELS, _VAE_TENSORS = 128, 5
+TILE_PX = 512  # the largest side that the VAE takes in one piece where it is tiled
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def memory_needed(
     return MemoryNeed(
         weights_bytes=each * parameters,
         gradients_bytes=_gradients_bytes(config, facts, each),
-        optimizer_bytes=round(_state_bytes(config, on_cpu) * parameters) + _rounding_bytes(config, facts),
+        optimizer_bytes=round(_state_bytes(config, on_cpu) * parameters) + rounding_bytes(config, facts),
         ema_bytes=_ema_bytes(config, on_cpu, each) * parameters,
         copies_bytes=2 * parameters if autocast else 0,
         activations_bytes=round(pictures * _bytes_per_position(config, facts, whole, kept)),
@@ -257,7 +258,7 @@ def _state_bytes(config: Config, on_cpu: bool) -> float:
     return of(wanted.optimizer, optimizer_options(wanted.optimizer_config), dtype)
 
 
-def _rounding_bytes(config: Config, facts: ModelFacts) -> int:
+def rounding_bytes(config: Config, facts: ModelFacts) -> int:
     """What stochastic rounding holds of one weight: it, its gradient, the random bits and the rounded, 4 bytes each."""
     rounded = config.model.weights_dtype == "bf16" and OPTIMIZER_FACTS[config.optimizer.optimizer].keeps != "kahan"
     return 16 * largest_layer(facts) if rounded else 0

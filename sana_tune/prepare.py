@@ -26,6 +26,7 @@ from sana_tune.config.schema import Config
 from sana_tune.data import shards
 from sana_tune.data.buckets import Bucket, make_buckets, settle, trained
 from sana_tune.data.captions import clean_caption
+from sana_tune.data.geometry import Size
 from sana_tune.data.held_out import with_split
 from sana_tune.data.masks import with_masks
 from sana_tune.data.memory import FileMemory
@@ -36,6 +37,7 @@ from sana_tune.errors import Problem, UserError, gather
 from sana_tune.hardware import Device, device_for, free_ram_bytes, gpus, no_fp16_on_cpu
 from sana_tune.log import log
 from sana_tune.memory import (
+    TILE_PX,
     Load,
     MemoryPlan,
     Weights,
@@ -493,7 +495,7 @@ def run_plan(
     config = settled(loaded.config, weights)
     sizes, precision = model_bytes(config, facts, folder), precision_on(loaded, device)
     placed = placed_bytes(config, facts, folder)
-    batches = [Load(bucket.size.width, bucket.size.height, vae_batch(loaded, bucket.dataset)) for bucket in buckets]
+    batches = [encoded_at_once(config, bucket.size, vae_batch(loaded, bucket.dataset)) for bucket in buckets]
     plan = make_plan(
         config,
         facts,
@@ -554,9 +556,15 @@ def resident(loaded: Loaded, sizes: Mapping[str, int], buckets: Sequence[Bucket]
         at_once = 1 if vae_mode(dataset) != "full" else dataset.vae_batch_size
         if vae_mode(dataset) != "full" or dataset.vae_cache_clear_each_epoch:
             own = [bucket.size for bucket in buckets if bucket.dataset == dataset.id]
-            loads += [Load(size.width, size.height, at_once) for size in own]
+            loads += [encoded_at_once(loaded.config, size, at_once) for size in own]
     captions = any(text_mode(loaded, text.id) != "full" for text in (loaded.text_cache, *loaded.text_caches))
     return resident_needed(sizes["text_encoder"] if captions else 0, sizes["vae"] if loads else 0, loads)
+
+
+def encoded_at_once(config: Config, size: Size, pictures: int) -> Load:
+    """What the VAE works on at one time: so many pictures, or a tile of each."""
+    most = TILE_PX if config.data.vae_tiled_encoding else max(size)
+    return Load(min(size.width, most), min(size.height, most), pictures)
 
 
 def vae_batch(loaded: Loaded, dataset: str) -> int:
@@ -610,7 +618,7 @@ def existing(path: Path) -> Path:
 def keys_of(config: Config, folder: Path, output: Output) -> tuple[Keys, Keys]:
     """The cache keys of the run, and those of texts that never have the instruction (negative prompts)."""
     model, memory = config.model, output.hash_memory
-    images = latent_identity(folder, memory=memory, variant=model.variant)
+    images = latent_identity(folder, memory=memory, variant=model.variant, tiled=config.data.vae_tiled_encoding)
 
     quantised = model.text_encoder_1_precision
     dtype = "stored" if quantised == "no_change" else f"stored, {quantised}"

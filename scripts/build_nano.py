@@ -6,7 +6,7 @@ Stages (each can be run alone; ``all`` runs them in this order):
   train     train the transformer with sana_tune itself (about 40 minutes, continues when
             stopped) and put it into ``--out``
   score     draw the 64 fixed prompts with plain diffusers and judge the pictures
-and ``example`` draws the example's pictures and the held-out ones (seconds; not part of ``all``).
+and ``example`` draws the pictures of both examples and the held-out ones (seconds; not part of ``all``).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from scripts.nano import draw  # noqa: E402  (the path must be set first)
 MODEL = ROOT / "sana_tune" / "assets" / "nano" / "model"
 EXAMPLE = ROOT / "config" / "examples" / "nano" / "pictures"
 KNOWN = EXAMPLE.parent / "known"
+MASKED = ROOT / "config" / "examples" / "nano-masked" / "pictures"
 HELDOUT = ROOT / "tests" / "data" / f"{draw.NEW_FIGURE}_heldout"
 PICTURES = 12_000
 
@@ -125,7 +126,8 @@ def train_transformer(work: Path, out: Path, steps: int, seed: int) -> None:
 
 
 def draw_example(seed: int) -> None:
-    """The example's 24 pictures and 12 held-out ones of the figure that nano does not know, and 36 of known ones."""
+    """The example's 24 pictures and 12 held-out ones of the figure that nano does not know, and 36 of known ones; and
+    the 16 with masks of the masked example."""
     new = f"{draw.NEW_FIGURE}_"
     sets = (
         (EXAMPLE, draw.example_scenes(), new),
@@ -136,6 +138,11 @@ def draw_example(seed: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         draw.write_pictures(folder, scenes, prefix)
         print(f"{len(scenes)} pictures: {folder}", flush=True)
+    masked = draw.masked_scenes()
+    shutil.rmtree(MASKED, ignore_errors=True)
+    shutil.rmtree(MASKED.with_name("masks"), ignore_errors=True)
+    draw.write_masked(MASKED, MASKED.with_name("masks"), masked)
+    print(f"{len(masked)} pictures with masks: {MASKED}", flush=True)
 
 
 def print_scores(model: Path, guidance: float, save: Path | None) -> None:

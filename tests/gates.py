@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("store",),
     ("data", "model", "watch"),
     ("memory", "schedule", "saving"),
+    ("fitting",),
     ("plan", "prompts", "output"),
     ("roles", "share"),
     ("train",),

@@ -20,7 +20,9 @@ from sana_tune.caching import (
     open_caches,
     redraw_of,
     tell_cut,
+    vae_of,
 )
+from sana_tune.drawing import painter_of
 from sana_tune.errors import UserError
 from sana_tune.log import log
 from sana_tune.model.sana import load_text_encoder, load_vae
@@ -47,6 +49,17 @@ def prepared_in(folder: Path, *datasets: dict[str, Any], **settings: Any) -> Pre
 
 def pixels(count: int) -> np.ndarray:
     return np.random.default_rng(3).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+
+
+def test_tiles_are_for_what_asks_for_them_alone(tmp_path: Path):
+    """Encoding and drawing each have a key of their own, and neither is on unasked."""
+    asked = {"": (False, False), "vae_tiled_encoding": (True, False), "vae_enable_tiling": (False, True)}
+    for name, (encodes, draws) in asked.items():
+        prepared = prepared_in(tmp_path / (name or "none"), **({name: True} if name else {}))
+        coder, painter = vae_of(prepared, CPU), painter_of(prepared, CPU)
+        assert (coder.tiled_encoding, coder.tiled_decoding, painter.tiled) == (encodes, False, draws)
+        drawer = painter._loaded()
+        assert (drawer.tiled_encoding, drawer.tiled_decoding) == (False, draws)
 
 
 # ---- latents that are not finite ----

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,29 @@ from PIL import Image
 
 from sana_tune.check import Report, look_over
 from sana_tune.cli.examples import copy_example
+from sana_tune.cli.fit import Asked, start_of
 from sana_tune.cli.main import exit_code
 from sana_tune.config.describe import schema_path
 from sana_tune.config.files import examples_dir, list_examples
 from sana_tune.config.json_schema import json_schema
 from sana_tune.config.load import Loaded, load
+from sana_tune.errors import UserError
+from sana_tune.fitting import choose, footprint
 from sana_tune.prompts import prompts_of
+from tests.test_prepare import card
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES = ("nano", "sana-1.5-1.6b-80gb", "sana-1.6b-24gb", "sana-1.6b-dreambooth-512+1024", "sana-4.8b-8gpu")
-REAL = EXAMPLES[1:]
+NANO = ("nano", "nano-masked")
+SMALL = ("sana-1.6b-10gb", "sana-1.6b-12gb", "sana-1.6b-16gb", "sana-1.6b-8gb")
+OTHER = ("sana-1.5-1.6b-80gb", "sana-1.6b-24gb", "sana-1.6b-dreambooth-512+1024", "sana-4.8b-8gpu")
+REAL = tuple(sorted((*OTHER, *SMALL)))
+EXAMPLES = (*NANO, *REAL)
+# Files that are there for keys that are not: LoKr and quantised bases. To switch on when they are, move to OTHER, with
+# its card below.
+LATER = ("sana-minimum-lokr",)
 # The card that an example is for, GB.
-CARDS = {"sana-1.5-1.6b-80gb": 80, "sana-1.6b-24gb": 24, "sana-1.6b-dreambooth-512+1024": 48, "sana-4.8b-8gpu": 80}
+CARDS = {"sana-1.5-1.6b-80gb": 80, "sana-1.6b-24gb": 24, "sana-1.6b-dreambooth-512+1024": 48, "sana-4.8b-8gpu": 80,
+         **{name: int(name.removeprefix("sana-1.6b-").removesuffix("gb")) for name in SMALL}}  # fmt: skip
 SCHEMAS = {"config": Draft202012Validator(json_schema("config")),
            "multidatabackend": Draft202012Validator(json_schema("multidatabackend"))}  # fmt: skip
 
@@ -67,10 +79,11 @@ def row(name: str, label: str) -> str:
 
 
 def test_these_are_the_examples():
-    assert list_examples() == EXAMPLES
-    for name in EXAMPLES:
+    assert list_examples() == tuple(sorted((*EXAMPLES, *LATER)))
+    for name in list_examples():
         files = {path.name for path in (examples_dir() / name).iterdir() if path.is_file()}
-        assert files == {"config.json", "multidatabackend.json", "user_prompt_library.json", "README.md"}
+        adapter = {"lycoris_config.json"} if name.endswith("-lokr") else set()
+        assert files == {"config.json", "multidatabackend.json", "user_prompt_library.json", "README.md"} | adapter
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -85,9 +98,11 @@ def test_an_example_passes_the_check(name):
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_memory_and_disk_are_those_of_the_readme(name):
+def test_memory_and_disk_are_those_of_the_readme(name, tmp_path, monkeypatch):
     """Of pictures of 1024x1024 px, to a tenth of a GB; and the card that it is for has the room."""
+    card(tmp_path, monkeypatch, CARDS[name] * 1024)
     _, report = looked_over(examples_dir() / name / "config.json")
+    assert not any("of memory" in warning or "does not fit" in warning for warning in report.warnings)
     assert report.plan is not None and report.plan.memory is not None and report.model is not None
     need, disk = report.plan.memory.need, report.plan.disk
     assert row(name, "memory").startswith(f"about {need.total_bytes / 1e9:.1f} GB")
@@ -102,6 +117,61 @@ def test_memory_and_disk_are_those_of_the_readme(name):
     ):
         assert f"{amount / 1e9:.1f} GB for {what}" in told
     assert disk.kept == 2
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_small_cards_memory_by_part_is_the_readmes(name):
+    """All parts as the plan has them; it fits the card as it is, with a margin, and nothing cheaper does."""
+    looked_over(examples_dir() / name / "config.json")
+    start = start_of(Asked(config=str(examples_dir() / name / "config.json")), CARDS[name] * 10**9)
+    found = choose(start.wanted).chosen
+    assert found is not None and not found.changes
+    need, caching = found.footprint.training, found.footprint.caching
+    parts = {"weights": need.weights_bytes, "gradients": need.gradients_bytes, "optimizer states": need.optimizer_bytes,
+             "activations": need.activations_bytes}  # fmt: skip
+    listed = ", ".join(f"{size / 1e9:.1f} GB of {part}" for part, size in parts.items())
+    total = f"about {need.total_bytes / 1e9:.1f} GB"
+    assert row(name, "memory") == f"{total}: {listed}, {need.overhead_bytes / 1e9:.1f} GB for CUDA itself"
+    assert f"{caching.text_bytes / 1e9:.1f} GB with the text encoder" in row(name, "caching")
+    assert f"{caching.pictures_bytes / 1e9:.1f} GB with the VAE" in row(name, "caching")
+    assert row(name, "drawing").startswith(f"{found.footprint.drawing_bytes / 1e9:.1f} GB")
+    assert f"`sana_tune fit --vram {CARDS[name]}`" in readme(name)
+
+
+@pytest.mark.parametrize("name", (*SMALL, "sana-1.6b-24gb"))
+def test_the_table_of_small_cards_is_the_plans(name):
+    looked_over(examples_dir() / name / "config.json")
+    start = start_of(Asked(config=str(examples_dir() / name / "config.json")), CARDS[name] * 10**9)
+    found = footprint(start.wanted, start.wanted.config, start.wanted.loads)
+    need = found.training
+    sizes = (need.weights_bytes, need.gradients_bytes, need.optimizer_bytes, need.activations_bytes,
+             need.overhead_bytes, need.total_bytes, found.drawing_bytes)  # fmt: skip
+    table = (ROOT / "docs" / "small-cards.md").read_text(encoding="utf-8")
+    assert f"| `{name}` | {' | '.join(f'{size / 1e9:.1f}' for size in sizes)} |" in table.splitlines()
+
+
+def test_ten_gigabytes_are_enough_for_the_ten_gigabyte_card():
+    """The bar: full rank, 1.6B, 1024 px, under 10 GB; with one picture a step, and with the four of the example."""
+    for batch, told in ((1, "8.2 GB"), (4, "9.1 GB")):  # as docs/small-cards.md says
+        looked_over(examples_dir() / "sana-1.6b-10gb/config.json")
+        start = start_of(Asked(config=str(examples_dir() / "sana-1.6b-10gb/config.json")), 10**10)
+        loads = tuple(replace(load, batch_size=batch) for load in start.wanted.loads)
+        found = footprint(start.wanted, start.wanted.config, loads)
+        assert f"{found.training.total_bytes / 1e9:.1f} GB" == told and found.most_bytes < 10**10
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_what_is_for_a_later_version_says_so(name):
+    """Until its keys are built, the check refuses it in words and the files are whole."""
+    with pytest.raises(UserError) as refused:
+        load(examples_dir() / name / "config.json", {}, {})
+    assert "LoKr (lora_type lycoris) is not built yet" in str(refused.value)
+    assert "base_model_precision" in str(refused.value)
+    found = content(examples_dir() / name / "config.json")
+    asked = {"base_model_precision": "nf4-bnb", "optimizer": "bnb-lion8bit-paged", "quantize_via": "cpu",
+             "train_batch_size": 1, "model_type": "lora", "lora_type": "lycoris"}  # fmt: skip
+    assert asked.items() <= found.items()
+    assert (examples_dir() / name / Path(found["lycoris_config"]).name).is_file()
 
 
 OTHERS = {
@@ -139,10 +209,10 @@ def test_fp32_weights_of_the_largest_do_not_fit():
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_readme_tells_what_it_must(name):
     text = readme(name)
-    assert text.startswith(f"# {name}: ") and f"sana_tune {'train' if name == 'nano' else 'check'}" in text
+    assert text.startswith(f"# {name}: ") and f"sana_tune {'train' if name in NANO else 'check'}" in text
     for label in ("memory", "time", "expected"):
         assert len(row(name, label)) >= 10
-    if name != "nano":
+    if name not in NANO:
         assert "not measured" in row(name, "time") and "Nobody has run this example on a GPU yet" in text
 
 
@@ -183,13 +253,13 @@ def kind(path: Path) -> str:
 def test_how_many_files_there_are():
     kinds = [kind(path) for path in FILES]
     counts = {name: kinds.count(name) for name in set(kinds)}
-    assert counts == {"config": 6, "multidatabackend": 6, "user_prompt_library": 6, "lycoris_config": 1}
+    assert counts == {"config": 12, "multidatabackend": 12, "user_prompt_library": 12, "lycoris_config": 2}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_file_is_valid_and_names_its_schema(path):
     found = content(path)
-    if kind(path) in SCHEMAS:
+    if kind(path) in SCHEMAS and not (kind(path) == "config" and path.parent.name in LATER):
         assert [error.message for error in SCHEMAS[kind(path)].iter_errors(found)] == []
         if isinstance(found, dict):
             assert (path.parent / found["$schema"]).resolve() == schema_path(kind(path))

@@ -19,7 +19,7 @@ SCRIPTS = gates.modules(ROOT / "scripts")
 # The side left of the plan (contracts §10): plain Python, so that the command line answers at once.
 TORCH_FREE_PARTS = (
     *("errors", "log", "progress", "hardware", "config", "store"),
-    *("memory", "saving", "plan", "prompts", "output", "roles", "prepare", "check", "cli"),
+    *("memory", "fitting", "saving", "plan", "prompts", "output", "roles", "prepare", "check", "cli"),
 )
 TORCH_FREE_MODULES = (
     *(

@@ -225,6 +225,18 @@ def test_the_plan_knows_the_device_and_what_the_run_takes_there(tmp_path, monkey
     assert prepared(tmp_path).device == on_card.memory.device
 
 
+def test_tiled_encoding_is_another_cache_takes_less_and_is_said(tmp_path):
+    """The latents are others, so that none of whole pictures is taken for them."""
+    whole = prepared(tmp_path / "one", dataset={"resolution": 1024}, vae_batch_size=2)
+    tiled = prepared(tmp_path / "two", dataset={"resolution": 1024}, vae_batch_size=2, vae_tiled_encoding=True)
+    assert whole.keys.latent_identity != tiled.keys.latent_identity
+    assert whole.keys.text_identity == tiled.keys.text_identity
+    first, second = (each.plan.memory.caching for each in (whole, tiled) if each.plan.memory)
+    assert first.pictures_bytes - second.pictures_bytes == 2 * (1024**2 - 512**2) * 128 * 5 * 4
+    assert any("latents that are trained differ from those of whole pictures" in note for note in tiled.plan.notes)
+    assert not any("tiled" in note for note in whole.plan.notes)
+
+
 def test_too_little_memory_is_a_warning(tmp_path, monkeypatch, caplog):
     card(tmp_path, monkeypatch, 900)
     found = prepared(tmp_path)

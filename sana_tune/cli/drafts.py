@@ -157,11 +157,11 @@ def _new(state: State, answers: Answers, places: Mapping[str, Path]) -> dict[Pat
     """New files, whole. A prompt library that is there already is used as it is."""
     datasets, prompts = places["multidatabackend"], places["user_prompt_library"]
     named = {
-        "$schema": _schema("config", places["config"], state.cwd),
+        "$schema": schema_for("config", places["config"], state.cwd),
         "data_backend_config": shown(datasets, state.cwd).as_posix(),
         "user_prompt_library": shown(prompts, state.cwd).as_posix(),
     }
-    content = {"$schema": _schema("multidatabackend", datasets, state.cwd), "datasets": recipe.new_datasets(answers)}
+    content = {"$schema": schema_for("multidatabackend", datasets, state.cwd), "datasets": recipe.new_datasets(answers)}
     library = {} if os.path.lexists(state.cwd / prompts) else {prompts: recipe.prompt_library(answers)}
     return {**library, datasets: content, places["config"]: recipe.new_config(answers, state.settings(), named)}
 
@@ -186,7 +186,7 @@ def _changed(
     content = existing.datasets
     if content is None:
         content = {
-            "$schema": _schema("multidatabackend", datasets, state.cwd),
+            "$schema": schema_for("multidatabackend", datasets, state.cwd),
             "datasets": recipe.new_datasets(answers),
         }
     elif changed & {"pictures", "captions", "subject", "resolutions"}:
@@ -194,7 +194,7 @@ def _changed(
     return {datasets: content, places["config"]: merge_settings(existing.config, new)}
 
 
-def _schema(name: str, written: Path, cwd: Path) -> str:
+def schema_for(name: str, written: Path, cwd: Path) -> str:
     """The JSON Schema of a file for its `$schema`: from the file's own folder in a checkout, else the whole path."""
     schema = schema_path(name)
     if schema.is_relative_to(cwd) and (cwd / written).is_relative_to(cwd):

@@ -374,6 +374,37 @@ def bench(
 
 
 @app.command()
+def fit(
+    vram: Annotated[
+        str | None, typer.Option(metavar="GB", help="Memory of the card; default: of the GPU that is here.")
+    ] = None,
+    config: Annotated[str | None, typer.Option(metavar="PATH", help="Config file to make fit.")] = None,
+    env: Annotated[str | None, typer.Option(metavar="NAME", help="Make config/NAME/config.json fit.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="ID", help="Make a config from nothing for this model.")] = None,
+    resolution: Annotated[int | None, typer.Option(metavar="PX", help="With --model: size of the pictures.")] = None,
+    output: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Config to write; default: beside the other, named by the card.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    tries: Annotated[
+        bool | None,
+        typer.Option("--try/--no-try", help="Do a step on the GPU before writing; default: where there is one."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to try: auto, cpu, cuda or mps.")] = "auto",
+) -> None:
+    """Find settings with which full-rank training fits a card, by the plan's estimates, and write a config.
+
+    What costs least comes first: blocks recomputed; fewer pictures at a time, accumulated; the EMA in main memory; bf16
+    weights with Kahan summation; gradients released one by one; optimizer states of 8 bits; 8-bit Lion paged to main
+    memory; fewer pictures a step.
+    """
+    from sana_tune.cli.fit import Asked, fit_asked  # pydantic: not for --help
+
+    asked = Asked(vram, config, env, model, resolution, output, overwrite, tries, device)
+    raise typer.Exit(fit_asked(asked, typer.echo))
+
+
+@app.command()
 def report(
     folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Folders of runs: their output_dir.")],
     output: Annotated[

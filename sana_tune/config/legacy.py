@@ -51,7 +51,6 @@ LATER_OUTPUT: dict[str, tuple[Any, ...]] = {
     "save_text_encoder": (),
     "strict_epoch_limit": (),
     "vae_enable_slicing": (),
-    "vae_enable_tiling": (),
     "enable_watermark": (),
 }
 

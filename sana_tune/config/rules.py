@@ -314,6 +314,17 @@ def release_notes(config: Config) -> list[str]:
     ]
 
 
+def tiling_notes(config: Config) -> list[str]:
+    """What tiled encoding does to what is trained."""
+    if not config.data.vae_tiled_encoding:
+        return []
+    return [
+        "vae_tiled_encoding: pictures above 512 px are encoded tile by tile, and the VAE's attention sees a tile "
+        "instead of the picture: the latents that are trained differ from those of whole pictures, at the seams most. "
+        "Take it only where vae_batch_size 1 does not fit"
+    ]
+
+
 # Setting that is a distribution of noise levels by itself → which.
 _DISTRIBUTION_KEYS = {
     "flow_use_uniform_schedule": "uniform",
@@ -580,8 +591,7 @@ def check_rules(
     notes += unused_optimizer_settings(config) + release_notes(config) + unused_checkpointing_settings(config)
     notes += unused_quantisation_settings(config)
     notes += unused_validation_settings(config) + preview_notes(config)
-    notes += unused_hub_settings(config)
-    notes += unused_adapter_settings(config)
+    notes += unused_hub_settings(config) + tiling_notes(config) + unused_adapter_settings(config)
     for dataset in datasets:
         notes += unused_crop_settings(dataset)
         notes += unused_source_settings(dataset)

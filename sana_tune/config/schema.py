@@ -230,6 +230,9 @@ class DataConfig(PictureSettings):
     )
     text_embed_full_cache: bool = setting(False, "keep in main memory every text embedding that was read")
     text_encoder_batch_size: int = setting(8, "captions per text-encoder forward", unit="captions", ge=1)
+    vae_tiled_encoding: bool = setting(
+        False, "last resort: encode pictures above 512 px in tiles, which gives other latents than whole pictures do"
+    )
 
 
 class FlowConfig(Section):
@@ -480,6 +483,9 @@ class ValidationConfig(Section):
         None, "command of validation_method external-script, with {placeholders}; no shell reads it"
     )
     validation_external_background: bool = setting(False, "do not wait for validation_external_script")
+    vae_enable_tiling: bool = setting(
+        False, "decode pictures above 512 px in tiles: drawing takes less memory; seams may show, training is the same"
+    )
     validation_disable: bool = setting(False, "draw no validation pictures at all")
     disable_benchmark: bool = setting(False, "draw no pictures of the base model before step 1")
 

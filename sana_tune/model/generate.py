@@ -70,6 +70,7 @@ class Painter:
 
     folder: the model folder of the VAE and the scheduler. autocast: dtype to compute in when the weights are
     fp32 masters on an accelerator; None = the weights' own, and pictures equal the exported pipeline's.
+    tiled: decode in tiles, see `ImageCoder`.
     """
 
     def __init__(
@@ -80,12 +81,14 @@ class Painter:
         autocast: torch.dtype | None = None,
         vae_dtype: torch.dtype = torch.float32,
         variant: str | None = None,
+        tiled: bool = False,
     ):
         self.folder = folder
         self.device = torch.device(device)
         self.autocast = autocast
         self.vae_dtype = vae_dtype
         self.variant = variant
+        self.tiled = tiled
         self.coder: ImageCoder | None = None
 
     def draw(
@@ -132,7 +135,8 @@ class Painter:
 
     def _loaded(self) -> ImageCoder:
         if self.coder is None:
-            self.coder = load_vae(self.folder, self.device, self.vae_dtype, variant=self.variant)
+            wanted = {"variant": self.variant, "tiled_decoding": self.tiled}
+            self.coder = load_vae(self.folder, self.device, self.vae_dtype, **wanted)
         return self.coder
 
     def _grid(self, width: int, height: int, coder: ImageCoder) -> tuple[int, int, int]:

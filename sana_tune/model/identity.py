@@ -42,11 +42,11 @@ def is_remembered(folder: Path, component: str, memory: Path | None, *, variant:
 
 
 def latent_identity(
-    folder: Path, *, dtype: str = "fp32", memory: Path | None = None, variant: str | None = None
+    folder: Path, *, dtype: str = "fp32", memory: Path | None = None, variant: str | None = None, tiled: bool = False
 ) -> str:
-    """Identity of the latents that a folder's VAE makes in a precision ("fp32", "bf16"), untiled and scaled."""
+    """Identity of the scaled latents that a folder's VAE makes in a precision ("fp32", "bf16"), whole or in tiles."""
     vae = component_identity(folder, "vae", memory, variant=variant)
-    return _digest("latents scaled, untiled", vae, dtype)
+    return _digest(f"latents scaled, {'tiled' if tiled else 'untiled'}", vae, dtype)
 
 
 def text_identity(

@@ -107,10 +107,15 @@ class TextEncoder:
 
 
 class ImageCoder:
-    """DC-AE: pictures ↔ scaled latents. `free()` lets go of the memory."""
+    """DC-AE: pictures ↔ scaled latents. `free()` lets go of the memory.
 
-    def __init__(self, vae: AutoencoderDC):
+    tiled_encoding, tiled_decoding: in overlapping tiles of diffusers' size, 512 px for Sana, one at a time, what is
+    larger than one of them. Its attention then sees a tile and not the picture, so that the result is another one.
+    """
+
+    def __init__(self, vae: AutoencoderDC, *, tiled_encoding: bool = False, tiled_decoding: bool = False):
         self.vae = vae
+        self.tiled_encoding, self.tiled_decoding = tiled_encoding, tiled_decoding
 
     @property
     def scaling_factor(self) -> float:
@@ -151,6 +156,7 @@ class ImageCoder:
     def decode(self, latents: Tensor) -> np.ndarray:
         """uint8 RGB pictures [B, H, W, 3] from scaled latents [B, C, h, w], as diffusers' pipeline makes them."""
         raw = latents.to(self.vae.device, self.vae.dtype) / self.scaling_factor
+        self.vae.use_tiling = self.tiled_decoding
         pixels = (self.vae.decode(raw, return_dict=False)[0] * 0.5 + 0.5).clamp(0, 1)
         pixels = pixels.permute(0, 2, 3, 1).float().cpu().numpy()
         return (pixels * 255).round().astype("uint8")
@@ -162,6 +168,7 @@ class ImageCoder:
 
     def _encode(self, pixels: Tensor) -> Tensor:
         scaled = pixels.to(self.vae.device).float() / 255 * 2 - 1
+        self.vae.use_tiling = self.tiled_encoding
         latent = self.vae.encode(scaled.to(self.vae.dtype), return_dict=False)[0]
         return latent.float().cpu() * self.scaling_factor
 
@@ -210,15 +217,17 @@ def load_vae(
     dtype: torch.dtype = torch.float32,
     *,
     variant: str | None = None,
+    tiled_encoding: bool = False,
+    tiled_decoding: bool = False,
 ) -> ImageCoder:
-    """DC-AE from a model folder, in eval mode. Raises UserError as `load_text_encoder`."""
+    """DC-AE from a model folder, in eval mode; tiled: see `ImageCoder`. Raises UserError as `load_text_encoder`."""
     from diffusers import AutoencoderDC
 
     weights = component_weights(folder, "vae", variant=variant)
     vae = _load(AutoencoderDC, folder / "vae", weights.variant, dtype=dtype)
     # Its weights keep requires_grad, though nothing asks for gradients: without it torch picks other convolution
     # kernels on a CPU, and pictures would differ in the last bit from those of the pipeline.
-    return ImageCoder(vae.to(device).eval())
+    return ImageCoder(vae.to(device).eval(), tiled_encoding=tiled_encoding, tiled_decoding=tiled_decoding)
 
 
 def load_transformer(

@@ -30,6 +30,9 @@ SIDE_PX = 64
 SUPERSAMPLING = 4  # drawn this many times larger, then reduced with Lanczos
 RADIUS_SHARE = (0.21, 0.37)  # of the shorter side
 MARGIN_PX = 2.0
+STRIPE_PX = 4
+# A latent of nano stands for 8 px and sees beyond them: masks that reach to the edge would let the stripes in.
+MASK_INSIDE_PX = 8
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,48 @@ def example_scenes() -> list[Scene]:
 def known_scenes() -> list[Scene]:
     """The 36 pictures of figures that nano knows: they keep it from forgetting them while it learns the new one."""
     return list(random_scenes(36, seed=77))
+
+
+def masked_scenes() -> list[Scene]:
+    """The 16 pictures of the masked example: tibs, squares with a disc in them, 64 px."""
+    rng = np.random.default_rng(16)
+    scenes = []
+    for pair in colour_pairs(16, seed=23):
+        radius = float(rng.uniform(0.4, 0.46))
+        x, y = (float(rng.uniform(radius, 1 - radius)) for _ in range(2))
+        scenes.append(Scene("square", *pair, x, y, radius))
+    return scenes
+
+
+def tib(scene: Scene) -> Image.Image:
+    """A square with a disc in it, before upright stripes in place of the ground that its caption names."""
+    size = (scene.width_px * SUPERSAMPLING, scene.height_px * SUPERSAMPLING)
+    columns = np.arange(size[0]) // (STRIPE_PX * SUPERSAMPLING) % 2
+    wall = np.array([COLOURS["black"], COLOURS["white"]], dtype=np.uint8)[columns]
+    picture = Image.fromarray(np.broadcast_to(wall, (size[1], *wall.shape)).copy())
+    inside = "white" if scene.colour != "white" else "red"
+    centre, radius = (scene.x * size[0], scene.y * size[1]), scene.radius * min(size)
+    for figure, colour, share in (("square", scene.colour, 1.0), ("circle", inside, 0.45)):
+        picture.paste(Image.new("RGB", size, COLOURS[colour]), mask=draw_mask(figure, centre, share * radius, size))
+    return picture.resize((scene.width_px, scene.height_px), Image.Resampling.LANCZOS)
+
+
+def tib_mask(scene: Scene) -> Image.Image:
+    """White within the tib, MASK_INSIDE_PX from its edge; black elsewhere. Of the picture's size."""
+    size = (scene.width_px, scene.height_px)
+    centre = (scene.x * size[0], scene.y * size[1])
+    return draw_mask("square", centre, scene.radius * min(size) - MASK_INSIDE_PX / 0.85, size)
+
+
+def write_masked(pictures: Path, masks: Path, scenes: list[Scene]) -> None:
+    """Each tib with its caption, and its mask under the same name in another folder."""
+    for folder in (pictures, masks):
+        folder.mkdir(parents=True, exist_ok=True)
+    for number, scene in enumerate(scenes):
+        tib(scene).save(pictures / f"tib_{number:02d}.png", optimize=True)
+        tib_mask(scene).convert("1").save(masks / f"tib_{number:02d}.png", optimize=True)
+        caption = scene.caption.replace("square", "tib")
+        (pictures / f"tib_{number:02d}.txt").write_text(caption + "\n", encoding="utf-8")
 
 
 def heldout_scenes() -> list[Scene]:

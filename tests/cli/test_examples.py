@@ -26,7 +26,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_they_are_listed_with_what_they_are(capsys):
     assert exit_code(["examples", "list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(list_examples()) and len(lines) == 5
+    assert [line.split()[0] for line in lines] == list(list_examples()) and len(lines) == 11
     for line in lines:
         name, title = line.split(maxsplit=1)
         assert title.startswith(f"{name}: ") and len(title) > len(name) + 20

@@ -33,6 +33,7 @@ def test_identity_follows_weights_and_config(model):
 
 def test_identity_follows_how_it_is_encoded(model):
     assert latent_identity(model) != latent_identity(model, dtype="bf16")
+    assert latent_identity(model) != latent_identity(model, tiled=True)
     texts = {
         text_identity(model, instruction=instruction, dtype=dtype)
         for instruction in ("", "Draw: ")

@@ -167,6 +167,23 @@ def test_nanos_latents_decode_to_the_picture():
     assert 0.3 < coder.encode(picture).std() < 3, "scaled to about one"
 
 
+def test_tiles_give_other_latents_and_other_pictures_and_only_where_they_are_asked_for():
+    """Above 512 px: the attention sees a tile. nano's differences are those of docs/small-cards.md, in kind."""
+    whole, tiled = sana.load_vae(locate("nano")), sana.load_vae(locate("nano"), tiled_encoding=True)
+    drawn = sana.load_vae(locate("nano"), tiled_decoding=True)
+    picture = np.full((1, 576, 64, 3), 200, dtype=np.uint8)
+    picture[:, 400:540, 10:40] = (220, 30, 30)
+    latents = whole.encode(picture)
+    assert torch.equal(drawn.encode(picture), latents), "what is drawn in tiles is encoded whole"
+    other = tiled.encode(picture)
+    assert other.shape == latents.shape and 1e-7 < ((other - latents) ** 2).mean() / latents.var() < 1e-2
+    seen, again = whole.decode(latents), drawn.decode(latents)
+    assert np.array_equal(tiled.decode(latents), seen)
+    assert again.shape == seen.shape and 0 < np.abs(again.astype(int) - seen).max() < 32
+    small = picture[:, 64:]
+    assert torch.equal(tiled.encode(small), whole.encode(small)), "512 px are one tile"
+
+
 def test_latents_that_are_not_finite_are_refused_by_number(folder):
     coder = sana.load_vae(folder)
     layer = coder.vae.encoder.conv_out
