@@ -147,7 +147,8 @@ def _names(values: dict[str, Any], preset: dict[str, Any], path: str, findings: 
         del preset["module_algo_map"]
         return
     found: dict[str, Override] = {}
-    for name, given in overrides.items():
+    for key, given in overrides.items():
+        name = str(key)
         where = f"{path}: module_algo_map: {name}"
         if not isinstance(given, dict):
             findings.wrong(where, "must be an object", 'write {"factor": 16}')

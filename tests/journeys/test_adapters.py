@@ -1,4 +1,4 @@
-"""Runs that train an adapter: exact after a resume, drawn, exported and merged as it was trained; on a quantised base."""
+"""Runs that train an adapter, also on a quantised base: exact after a resume; drawn, exported and merged as trained."""
 
 from __future__ import annotations
 
