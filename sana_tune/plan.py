@@ -374,7 +374,6 @@ def make_plan(
         epochs_shown=_epochs_shown(buckets, timeline, steps, per_step),
         timeline=timeline,
         ranks=ranks,
-        adapter=adapter_lines(config, facts),
     )
 
 

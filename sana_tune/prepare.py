@@ -60,6 +60,7 @@ from sana_tune.plan import (
     CacheNeed,
     Mode,
     Plan,
+    adapter_lines,
     begun,
     cache_line,
     latent_bytes,
@@ -526,7 +527,8 @@ def run_plan(
     held = evaluation_of(loaded, buckets)
     saving = saving_plan(config, facts, plan.memory, free_ram_bytes())
     timed = measured_step_s(output, plan)
-    return replace(plan, step_s=timed, pictures=drawn, evaluation=held, saving=saving)
+    adapter = adapter_lines(config, facts)
+    return replace(plan, step_s=timed, pictures=drawn, evaluation=held, saving=saving, adapter=adapter)
 
 
 def memory_of(

@@ -35,7 +35,7 @@ from sana_tune.train.sharding import put
 from sana_tune.train.snapshot import Memory, Snapshot, copied, snapshot
 from sana_tune.train.states import load_full_state, names_of
 from sana_tune.train.step import Parts, summed
-from sana_tune.train.writing import OPTIMIZER, Terms, Writing
+from sana_tune.train.writing import OPTIMIZER, Terms, Writing, idle_thread
 from sana_tune.watch.background import attempt
 from sana_tune.watch.events import Event, Noticed, Saved
 
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-# Where training has the same cores, the writer rests so many times as long as it works, unless it is waited for.
-REST_ON_CPU = 4.0
 HEAR_S = 0.2
 THREAD = "checkpoint"  # the name of the writer's thread
 
@@ -107,6 +105,7 @@ class Checkpoints:
         self._judged = Judged(output_dir)
         self._accelerator: Accelerator | None = None
         self._memory: Memory | None = None
+        self._idle = idle_thread() if background else None
         self._flight: _Flight | None = None
         self._failure: UserError | None = None
         self._held_step: int | None = None  # saved or restored last, whole
@@ -171,8 +170,7 @@ class Checkpoints:
         if self.background and self._is_main:
             self._memory = self._memory or Memory(pinned=parts.accelerator.device.type == "cuda")
             taken, fill = copied(flight.snapshot, self._memory)
-            rest = REST_ON_CPU if parts.accelerator.device.type == "cpu" else 0.0
-            flight = replace(flight, snapshot=taken, fill=fill, terms=Terms(rest))
+            flight = replace(flight, snapshot=taken, fill=fill, terms=Terms(self._idle))
         self._begin(flight)
         if self._flight is not None:
             parts.fence.raise_until(flight.copied)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PAGE_BYTES = 2**26
 _ALIGNMENT = 64
+_ALONE = 2**15 - 1  # elements; from one more on torch copies with several threads (GRAIN_SIZE of TensorIterator)
 
 
 @dataclass(frozen=True)
@@ -134,11 +135,23 @@ def _filling(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Callable[[
                         target.copy_(source, non_blocking=True)
         pairs = [pair for pair in zip(sources, targets, strict=True) if not pair[0].is_cuda]
         if pairs:  # in one go: Python's lock is not asked for between two tensors
-            torch._foreach_copy_([target for _, target in pairs], [source for source, _ in pairs])
+            pieces = [piece for pair in pairs for piece in _pieces(*pair)]
+            torch._foreach_copy_([target for _, target in pieces], [source for source, _ in pieces])
         for stream in streams.values():
             stream.synchronize()
 
     return fill
+
+
+def _pieces(source: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views so small that torch copies each in the calling thread alone.
+
+    A team of its own threads beside those that train would have all of them wait for each other.
+    """
+    if not (source.is_contiguous() and target.is_contiguous()):
+        yield source, target
+        return
+    yield from zip(source.view(-1).split(_ALONE), target.view(-1).split(_ALONE), strict=True)
 
 
 def _replaced(value: Any, place: Callable[[Tensor], Tensor]) -> Any:

@@ -6,9 +6,11 @@ import hashlib
 import json
 import os
 import threading
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,7 @@ from sana_tune.train import folders
 from sana_tune.train.snapshot import Snapshot
 
 OPTIMIZER = "optimizer.pt"
-CHUNK_BYTES = 2**22  # after each it is seen whether the write is still wanted, and rested
-LONGEST_REST_S = 1.0
+CHUNK_BYTES = 2**20  # after each it is seen whether the write is still wanted, and in a hurry
 
 # https://github.com/huggingface/safetensors#format
 _DTYPES = {
@@ -38,18 +39,35 @@ class Abandoned(Exception):
 class Terms:
     """How a write goes on. abandoned: once it is set, nothing more is written.
 
-    rest: how many times as long as a piece took the writer rests after it, so that training on the same cores is hardly
-    held up. hurry: somebody waits for it, so that it does not rest.
+    idle: a thread that works only while the cores have nothing else to do; hurry: somebody waits for the write, so that
+    it is done at once instead.
     """
 
-    rest: float = 0.0
+    idle: Executor | None = None
     abandoned: threading.Event = field(default_factory=threading.Event)
     hurry: threading.Event = field(default_factory=threading.Event)
 
-    def take_rest(self, busy_s: float) -> None:
-        """To be called after a piece of work."""
-        if self.rest:
-            self.hurry.wait(min(LONGEST_REST_S, self.rest * busy_s))
+    def do(self, work: Callable[[], None]) -> None:
+        """Do a piece of work."""
+        if self.idle is None or self.hurry.is_set():
+            work()
+        else:
+            self.idle.submit(work).result()
+
+
+def idle_thread() -> ThreadPoolExecutor:
+    """A thread that gives way to every other on this machine. It runs where a core would be idle."""
+    return ThreadPoolExecutor(1, "checkpoint, idle", initializer=_give_way)
+
+
+def _give_way() -> None:
+    """Let the calling thread run only when nothing else wants its core (Linux; elsewhere nothing happens).
+
+    Training's threads wait for each other many times a step: one that has to share its core holds up all of them.
+    """
+    if hasattr(os, "sched_setscheduler"):
+        with suppress(OSError):  # a container may forbid it
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 class HashedFile:
@@ -71,9 +89,8 @@ class HashedFile:
         for begin in range(0, len(view), CHUNK_BYTES):
             if self._terms.abandoned.is_set() or self._error is not None:
                 break
-            started = time.perf_counter()
-            self._append(view[begin : begin + CHUNK_BYTES])
-            self._terms.take_rest(time.perf_counter() - started)
+            chunk = view[begin : begin + CHUNK_BYTES]
+            self._terms.do(partial(self._append, chunk))
         return len(view)
 
     def _append(self, chunk: memoryview) -> None:

@@ -87,7 +87,7 @@ def test_aliases_are_the_renamed_keys():
 
 def test_every_foreign_key_has_a_fate():
     found = {foreign.name: foreign for foreign in foreign_keys()}
-    assert set(found) == legacy.known_foreign_keys() and len(found) >= 120
+    assert set(found) == legacy.known_foreign_keys() and len(found) >= 110
     assert found["enable_watermark"].fate == "later output" and found["mixflow_enabled"].fate == "later"
     assert told(found["save_total_limit"]) == "renamed: read as checkpoints_total_limit"
     assert told(found["model_flavour"]).startswith("refused unless it is off: name the repository")

@@ -32,7 +32,7 @@ from sana_tune.config.choices import (
 from sana_tune.config.datasets import ImageDataset
 from sana_tune.config.files import resolve
 from sana_tune.config.load import Loaded, load, parse_overrides
-from sana_tune.config.schema import SECTIONS, LaunchConfig
+from sana_tune.config.schema import SECTIONS, AdapterConfig, LaunchConfig
 from sana_tune.config.sources import SourceSettings
 from sana_tune.errors import UserError
 from sana_tune.output import Output
@@ -98,7 +98,8 @@ BY_HAND = {"pretrained_model_name_or_path", "data_backend_config", "id", "instan
            "gradient_checkpointing_segment_stride", "dynamo_backend", "base_model_precision", "validation_method",
            "validation_external_script", "eval_dataset_id",
            "webhook_config", "post_checkpoint_script", "post_upload_script", "modelspec_comment",
-           "disk_low_action", "checkpoints_keep_every", *LaunchConfig.model_fields}  # fmt: skip
+           "disk_low_action", "checkpoints_keep_every", *LaunchConfig.model_fields,
+           *AdapterConfig.model_fields}  # fmt: skip
 
 
 def values_of(info: FieldInfo) -> st.SearchStrategy[Any]:

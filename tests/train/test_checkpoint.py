@@ -19,9 +19,11 @@ from sana_tune.saving import Keeping
 from sana_tune.train import folders
 from sana_tune.train.checkpoint import Checkpoints
 from sana_tune.train.step import Parts, train_step
-from sana_tune.train.writing import OPTIMIZER, WEIGHTS
+from sana_tune.train.writing import OPTIMIZER
 from sana_tune.watch.events import Saved
 from tests.train.toys import ToyBatches, differences, files_of, make_parts, state_of, tiny_transformer
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def trained(steps: int = 3, **settings) -> Parts:

@@ -19,9 +19,9 @@ def fake(output: Path, step: int, serial: int | None = None, content: bytes = b"
     """A complete checkpoint folder with one file of content."""
     path = output / folders.folder_name(step)
     (path / "transformer").mkdir(parents=True)
-    (path / "transformer" / "model.safetensors").write_bytes(content)
+    (path / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(content)
     (path / folders.PROGRESS).write_text(json.dumps(Progress(step, step / 3, step * 4).to_json()), encoding="utf-8")
-    files = folders.digest_files(path, ["transformer/model.safetensors", folders.PROGRESS])
+    files = folders.digest_files(path, ["transformer/diffusion_pytorch_model.safetensors", folders.PROGRESS])
     manifest = {"step": step, "serial": step if serial is None else serial, "files": files}
     (path / folders.MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     return path
@@ -62,9 +62,9 @@ def test_what_is_not_complete(tmp_path: Path, harm: str):
     elif harm == "torn manifest":
         (path / folders.MANIFEST).write_text('{"step": 2, "se', encoding="utf-8")
     elif harm == "missing file":
-        (path / "transformer" / "model.safetensors").unlink()
+        (path / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     elif harm == "short file":
-        (path / "transformer" / "model.safetensors").write_bytes(b"weigh")
+        (path / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"weigh")
     else:
         manifest = json.loads((path / folders.MANIFEST).read_text(encoding="utf-8"))
         del manifest["files"][folders.PROGRESS]
@@ -118,7 +118,7 @@ def test_verify_names_the_damaged_file(tmp_path: Path):
     found = folders.read(path)
     assert found is not None
     folders.verify(found)
-    (path / "transformer" / "model.safetensors").write_bytes(b"weighty"[:7])
+    (path / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"weighty"[:7])
     assert folders.read(path) is not None, "the size is the same"
     with pytest.raises(UserError, match=r"damaged: transformer/model\.safetensors is not"):
         folders.verify(found)
@@ -138,7 +138,7 @@ def test_publishing_replaces_a_checkpoint_of_the_same_step(tmp_path: Path):
     os.rename(fake(tmp_path / "other", 4, content=b"new"), staged)
     folders.publish(staged, tmp_path / "checkpoint-4", 4)
     assert names(tmp_path) == ["checkpoint-4", "other"]
-    assert (tmp_path / "checkpoint-4" / "transformer" / "model.safetensors").read_bytes() == b"new"
+    assert (tmp_path / "checkpoint-4" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() == b"new"
 
 
 def test_cleaning_removes_what_dead_runs_left_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -161,7 +161,7 @@ def test_cleaning_removes_what_dead_runs_left_and_nothing_else(tmp_path: Path, c
 def test_a_checkpoint_that_was_being_replaced_is_put_back_if_sound(tmp_path: Path, sound: bool):
     path = fake(tmp_path, 8)
     if not sound:
-        (path / "transformer" / "model.safetensors").write_bytes(b"WEIGHTS")
+        (path / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"WEIGHTS")
     os.rename(path, tmp_path / f".checkpoint-8.old-{dead_process()}-ff")
     folders.clean(tmp_path)
     assert names(tmp_path) == (["checkpoint-8"] if sound else [])
