@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from sana_tune.config.files import examples_dir
 from sana_tune.config.load import load
 from sana_tune.data.cache import TensorCache
 from sana_tune.data.order import names_of
+from sana_tune.exporting import merged_state
 from sana_tune.model import flow
 from sana_tune.model.fetch import locate
 from sana_tune.model.sana import load_transformer
@@ -72,12 +74,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
         )
 
 
-def predicted(weights: Path, home: Home, sigma: float) -> Tensor:
+def predicted(weights: Path | dict[str, Tensor], home: Home, sigma: float) -> Tensor:
     """What weights predict of the example's pictures at a noise level, the noise always the same: [16, C, h, w]."""
     noise = torch.randn(home.latents.shape, generator=torch.Generator().manual_seed(5))
     text = torch.nn.utils.rnn.pad_sequence(home.texts, batch_first=True).float()
     real = torch.nn.utils.rnn.pad_sequence([torch.ones(len(one), dtype=torch.long) for one in home.texts], True)
-    model = load_transformer(weights).eval()
+    model = load_transformer(weights if isinstance(weights, Path) else locate("nano")).eval()
+    if not isinstance(weights, Path):
+        model.load_state_dict(weights)
     with torch.no_grad():
         noised = flow.noised(home.latents, noise, torch.full((len(noise),), sigma))
         level = torch.full((len(noise),), 1000 * sigma)
@@ -99,18 +103,44 @@ def test_the_gradient_outside_a_mask_is_exactly_zero(home: Home):
 
 def test_the_background_is_not_learnt(home: Home):
     """Inside, the masked run learns; outside it stays nearer to the base model than the run that was shown all."""
+    runs = {"masked": home.masked / "pipeline", "plain": home.plain / "pipeline"}
+    inside, moved = errors(home, runs)
+    assert inside["masked"] < 0.8 * inside["base"]
+    assert moved["masked"] < 0.5 * moved["plain"]
+
+
+def test_nor_is_it_by_an_adapter(home: Home, tmp_path: Path):
+    """The same with a LoKr in place of the whole weights."""
+    folder = home.masked.parent / "mine"
+    (folder / "lycoris.json").write_text('{"algo": "lokr", "full_matrix": true, "factor": 4}')
+    states: dict[str, dict[str, Tensor]] = {}
+    with pytest.MonkeyPatch.context() as patch, one_thread():
+        patch.chdir(home.masked.parent)
+        for name, data in (("masked", "multidatabackend.json"), ("plain", "plain.json")):
+            own = {"output_dir": f"lokr {name}", "data_backend_config": f"mine/{data}", "cache_dir": "cache"}
+            own |= {"model_type": "lora", "lycoris_config": "mine/lycoris.json", "learning_rate": 2e-2}
+            loaded = load(folder / "config.json", {**SHORT, **own}, {})
+            run(loaded)
+            saved = Path(f"lokr {name}/adapter/pytorch_lora_weights.safetensors")
+            states[name] = merged_state(loaded.config, saved, locate("nano"))
+    inside, moved = errors(home, states)
+    assert inside["masked"] < 0.8 * inside["base"], inside
+    assert moved["masked"] < 0.7 * moved["plain"], moved
+
+
+def errors(home: Home, runs: Mapping[str, Path | dict[str, Tensor]]) -> tuple[dict[str, float], dict[str, float]]:
+    """By run: squared error inside the masks, that of the base too, and how far predictions outside have moved."""
     inside: dict[str, float] = dict.fromkeys(("base", "masked", "plain"), 0.0)
     moved: dict[str, float] = dict.fromkeys(("masked", "plain"), 0.0)
     weight, outside = home.masks, (home.masks == 0).float()
     for sigma in SIGMAS:
         base = predicted(locate("nano"), home, sigma)
         inside["base"] += float((base**2 * weight).sum() / weight.sum())
-        for name, output in (("masked", home.masked), ("plain", home.plain)):
-            error = predicted(output / "pipeline", home, sigma)
+        for name, weights in runs.items():
+            error = predicted(weights, home, sigma)
             inside[name] += float((error**2 * weight).sum() / weight.sum())
             moved[name] += float(((error - base) ** 2 * outside).sum() / outside.sum())
-    assert inside["masked"] < 0.8 * inside["base"]
-    assert moved["masked"] < 0.5 * moved["plain"]
+    return inside, moved
 
 
 def test_the_regularisation_data_is_told_apart(home: Home):
