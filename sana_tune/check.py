@@ -41,6 +41,7 @@ from sana_tune.output import Output
 from sana_tune.plan import Plan, human_bytes, memory_warnings
 from sana_tune.prepare import (
     cache_needs,
+    check_adapter,
     check_decoder,
     check_drawing_sizes,
     check_gpus,
@@ -201,6 +202,7 @@ def look_over(
         gather(found.problems, lambda: check_drawing_sizes(config, facts, drawn))
         gather(found.problems, lambda: check_decoder(config, facts))
         gather(found.problems, lambda: check_quantisation(config, device.result()))
+        gather(found.problems, lambda: check_adapter(config, facts))
         memory = FileMemory(output.file_memory if writable else None)
         surveyed = gather(
             found.problems, lambda: survey_of(loaded, facts, memory, stores, headers_only=True, report=report)

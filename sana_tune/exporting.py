@@ -15,7 +15,7 @@ from sana_tune.model.facts import ModelFacts, from_folder
 from sana_tune.model.layout import INDEX
 from sana_tune.offline import checkpoint_of, listening, stored_dtype
 from sana_tune.output import Output
-from sana_tune.prepare import drawing_sizes, located
+from sana_tune.prepare import check_library, drawing_sizes, located
 from sana_tune.train.folders import PROGRESS, Checkpoint, damage
 
 
@@ -49,6 +49,8 @@ def export(config: Config, wanted: Wanted) -> Path:
         checkpoint = gather(problems, lambda: found(config, wanted))
         if problems or checkpoint is None:
             raise UserError(*problems)
+        if wanted.merge:
+            check_library()
         folder = located(config)
         facts = from_folder(folder, config.model.pretrained_model_name_or_path)
         part = wanted.file(checkpoint)

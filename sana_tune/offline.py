@@ -34,6 +34,7 @@ from sana_tune.model.facts import ModelFacts, from_folder
 from sana_tune.output import Output
 from sana_tune.prepare import (
     check_drawing_sizes,
+    check_library,
     check_precision,
     check_quantisation,
     drawing_sizes,
@@ -195,6 +196,8 @@ def _scene(loaded: Loaded, asked: Asked) -> Iterator[Scene]:
     facts = folder and gather(problems, lambda: from_folder(folder, config.model.pretrained_model_name_or_path))
     device = device_for(config.train.device)
     gather(problems, lambda: check_quantisation(config, device))
+    if checkpoint is not None and checkpoint.layout is ADAPTER:
+        gather(problems, check_library)
     if facts is not None:
         gather(problems, lambda: check_drawing_sizes(config, facts, prompts))
         gather(problems, lambda: check_precision(loaded, facts, device))

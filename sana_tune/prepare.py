@@ -225,9 +225,7 @@ def check_adapter(config: Config, facts: ModelFacts | None) -> None:
     wanted, problems = config.adapter, list[Problem]()
     if config.model.model_type != "lora":
         return
-    if importlib.util.find_spec("lycoris") is None:
-        what = "an adapter needs the library lycoris-lora, which is not installed"
-        problems.append(Problem("model_type lora", what, "pip install 'sana_tune[lokr]', or pip install lycoris-lora"))
+    gather(problems, check_library)
     if facts is not None:
         file = gather(problems, lambda: adapter_file(config))
         if file is not None:
@@ -241,6 +239,14 @@ def check_adapter(config: Config, facts: ModelFacts | None) -> None:
         problems.append(Problem("model_type lora", what, "train without FSDP: an adapter's states are small"))
     if problems:
         raise UserError(*problems)
+
+
+def check_library() -> None:
+    """Raise UserError when the library of adapters is not installed."""
+    if importlib.util.find_spec("lycoris") is None:
+        what = "an adapter needs the library lycoris-lora, which is not installed"
+        fix = "pip install 'sana_tune[lokr]', or pip install lycoris-lora"
+        raise UserError(Problem("model_type lora", what, fix))
 
 
 def adapter_file(config: Config) -> LycorisFile:

@@ -129,7 +129,7 @@ def _network(transformer: Any, file: LycorisFile) -> Any:
     """LyCORIS's network on the layers that the file names. Its class is left as it was found."""
     from lycoris.wrapper import LycorisNetwork
 
-    logging.getLogger("LyCORIS").setLevel(logging.WARNING)  # its own handler writes to the screen
+    logging.getLogger("LyCORIS").setLevel(logging.ERROR)  # its own handler writes to the screen
     before = {name: vars(LycorisNetwork)[name] for name in _CLASS_STATE}
     overrides = {name: own.model_dump(exclude_none=True) for name, own in file.module_algo_map.items()}
     try:

@@ -370,3 +370,18 @@ def test_words_that_accelerate_does_not_know_are_told(tmp_path: Path, capsys: py
     words: Sequence[str] = ("train", "--config", str(path), "--accelerate_extra_args=--rdzv_backend")
     assert exit_code(list(words)) == 1
     assert "accelerate says: argument --rdzv_backend" in capsys.readouterr().err
+
+
+# ---- adapters ----
+
+
+def test_two_processes_train_an_adapter_as_one_does(tmp_path: Path):
+    (tmp_path / "lycoris.json").write_text('{"algo": "lokr", "full_matrix": true, "factor": 4}')
+    adapter = {"model_type": "lora", "lycoris_config": str(tmp_path / "lycoris.json")}
+    one = new_run(tmp_path / "one", gradient_accumulation_steps=2, **adapter)
+    two = new_run(tmp_path / "two", **adapter)
+    alone(one)
+    all_well(together(2, two))
+    assert worst(one.parent / "output/checkpoint-4", two.parent / "output/checkpoint-4") <= MOST
+    first, second = told_by(two, 2)
+    assert first["weights"] == second["weights"]
