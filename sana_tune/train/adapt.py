@@ -45,8 +45,8 @@ class Adapter:
             torch.manual_seed(int(digest("adapter", seed)[:8], 16))
             self.network: Any = _network(transformer, file)
         for module in self.modules:
-            if file.bypass_mode is None or not file.dora_wd:
-                module.bypass_mode = bool(file.bypass_mode) or not _is_fp32(module.org_module[0])
+            beside = bool(file.bypass_mode) or not _is_fp32(module.org_module[0])
+            module.bypass_mode = beside and not file.dora_wd  # DoRA changes the weight itself
         self.network.apply_to()
         self.network.to(device, torch.float32).requires_grad_(True).train()
         transformer.add_module(NAME, self.network)
