@@ -187,38 +187,6 @@ def test_settings_for_a_device(name, gigabytes, expected):
     assert len(recipe.reasons(settings)) == 4
 
 
-@pytest.mark.parametrize(
-    "name, gigabytes, expected",
-    [
-        (SANA, 24, {"base_model_precision": "no_change", "mixed_precision": "bf16", "use_ema": True}),
-        (SANA, 8, {"base_model_precision": "no_change", "gradient_checkpointing": True, "vae_batch_size": 1}),
-        (SANA, 4, {"base_model_precision": "nf4-bnb", "text_encoder_1_precision": "nf4-bnb"}),
-        (UNSAFE, 3, {"base_model_precision": "nf4-bnb", "base_model_default_dtype": "fp32", "mixed_precision": "no"}),
-        (UNSAFE, 8, {"base_model_precision": "no_change", "mixed_precision": "no"}),
-        ("nano", 24, {"base_model_precision": "no_change", "train_batch_size": 8, "mixed_precision": "no"}),
-    ],
-)
-def test_settings_of_a_lokr_for_a_device(name, gigabytes, expected):
-    """The base is quantised only where it does not fit as it is; the estimate counts the adapter and fits."""
-    choice, target = model(name), Target(gigabytes * GB)
-    size = (choice.facts.native_px,)
-    settings = recipe.recommended(choice, target, size, 20, "lokr")
-    assert expected.items() <= settings.items() and set(settings) <= set(section_of())
-    assert settings["model_type"] == "lora" and "weights_dtype" not in settings
-    assert 0 < recipe.estimated_bytes(settings, choice.facts, size) <= target.total_bytes
-    told = "\n".join(recipe.reasons(settings))
-    assert "the LoKr in fp32" in told
-    assert ("packed in 4 bits (nf4), since it does not fit" in told) == (expected["base_model_precision"] == "nf4-bnb")
-    assert ("caching: " in told) == bool({"vae_batch_size", "text_encoder_1_precision"} & settings.keys())
-
-
-def test_a_cpu_never_has_a_quantised_base():
-    nano = recipe.recommended(model("nano"), Target(2 * GB, on_cpu=True), (64,), 20, "lokr")
-    assert nano["base_model_precision"] == "no_change" and "text_encoder_1_precision" not in nano
-    with pytest.raises(UserError, match=r"a LoKr on .* needs about"):
-        recipe.recommended(model(), Target(4 * GB, on_cpu=True), (1024,), 20, "lokr")
-
-
 def test_few_pictures_make_a_small_batch():
     assert recipe.recommended(model(), Target(80 * GB), (1024,), 3)["train_batch_size"] <= 2
     assert recipe.recommended(model("nano"), Target(8 * GB, on_cpu=True), (64,), 5)["train_batch_size"] == 4
