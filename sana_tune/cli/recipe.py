@@ -378,7 +378,7 @@ def learning(model: ModelChoice, steps: int, adapter: str = "full") -> dict[str,
 def learning_rate(model: ModelChoice, adapter: str) -> float:
     """The rate for AdamW. The few weights of an adapter move more than all of them do."""
     if adapter == "lokr":
-        return lokr.LEARNING_RATE
+        return lokr.TINY_LEARNING_RATE if model.is_tiny else lokr.LEARNING_RATE
     return 0.0004 if model.is_tiny else 1e-5
 
 

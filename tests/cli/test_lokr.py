@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from sana_tune import memory
 from sana_tune.cli import lokr, recipe
 from sana_tune.cli.recipe import Target
 from sana_tune.config.schema import section_of
 from sana_tune.errors import UserError
+from sana_tune.plan import usual_rate
 from tests.cli.script import GB, SANA, model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,3 +59,22 @@ def test_a_cpu_never_has_a_quantised_base():
     assert nano["base_model_precision"] == "no_change" and "text_encoder_1_precision" not in nano
     with pytest.raises(UserError, match=r"a LoKr on .* needs about"):
         recipe.recommended(model(), Target(4 * GB, on_cpu=True), (1024,), 20, "lokr")
+
+
+def test_the_pages_memory_is_the_plans():
+    """Of the 1.6B model at 1024 px, every block recomputed, without an average."""
+    rows = (ROOT / "docs" / "lokr.md").read_text(encoding="utf-8").splitlines()
+    for precision, label in (("no_change", "bf16, as it is"), ("nf4-bnb", '`"base_model_precision": "nf4-bnb"`')):
+        config = memory.changed(memory.default_config(), {"model_type": "lora", "base_model_precision": precision})
+        needs = [
+            memory.memory_needed(config, model().facts, [memory.Load(1024, 1024, batch)], adapter=lokr.FILE)
+            for batch in (1, 4)
+        ]
+        assert f"| {label} | {' | '.join(f'{need.total_bytes / 1e9:.1f} GB' for need in needs)} |" in rows
+
+
+def test_the_learning_rate_is_for_adamw():
+    """The real models' is the usual one; nano needs more."""
+    assert recipe.learning_rate(model(), "lokr") == usual_rate("optimi-adamw") == 1e-4
+    assert recipe.learning_rate(model("nano"), "lokr") == 4e-3
+    assert recipe.learning_rate(model(), "full") == 1e-5

@@ -94,7 +94,7 @@ def test_lokr_writes_its_file_beside_the_others():
     assert json.loads(Path("config/lycoris_config.json").read_bytes()) == example
     written, config = json.loads(CONFIG.read_bytes()), loaded().config
     assert written["lycoris_config"] == "config/lycoris_config.json" and "weights_dtype" not in written
-    assert (written["model_type"], written["lora_type"], written["learning_rate"]) == ("lora", "lycoris", 1e-4)
+    assert (written["model_type"], written["lora_type"], written["learning_rate"]) == ("lora", "lycoris", 4e-3)
     assert (config.optimizer.optimizer, config.model.base_model_precision) == ("optimi-adamw", "no_change")
 
 
@@ -117,7 +117,7 @@ def test_from_full_to_lokr_and_back():
     CONFIG.write_text(json.dumps({**written, "weights_dtype": "bf16", "dynamo_backend": "inductor", "seed": 7}))
     unattended(adapter="lokr", overwrite=True)
     changed, config = json.loads(CONFIG.read_bytes()), loaded().config
-    assert (changed["model_type"], changed["learning_rate"], changed["seed"]) == ("lora", 1e-4, 7)
+    assert (changed["model_type"], changed["learning_rate"], changed["seed"]) == ("lora", 4e-3, 7)
     assert not {"weights_dtype", "dynamo_backend"} & changed.keys() and config.adapter.lora_type == "lycoris"
     assert Path(changed["lycoris_config"]).is_file()
     CONFIG.write_text(json.dumps({**changed, "init_lokr_norm": 1e-3, "base_model_precision": "nf4-bnb"}))
