@@ -176,7 +176,8 @@ OTHER_NAMES = frozenset({
 })  # fmt: skip
 # Keys inside of blocks.
 BLOCK_KEYS = {*TABLE_KEYS, *HUB_KEYS, *FILTER_KEYS, *WEBHOOK_KEYS, *(field.name for field in fields(CaptionShuffle)),
-              *LycorisFile.model_fields, *Override.model_fields, "apply_preset", *PromptEntry.model_fields, *SCRIPT_PLACEHOLDERS}  # fmt: skip
+              *LycorisFile.model_fields, *Override.model_fields, "apply_preset",
+              *PromptEntry.model_fields, *SCRIPT_PLACEHOLDERS}  # fmt: skip
 
 
 def test_settings_in_the_pages_exist():

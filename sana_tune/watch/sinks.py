@@ -211,7 +211,8 @@ def message_of(event: Event) -> str | None:
             numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name.count("/") < 2)
             return "\n".join((f"Measured at step {progress.step}: {numbers}", *event.advice))
         case Finished(progress=progress, pipeline=pipeline):
-            where = f"; the pipeline is in {pipeline}" if pipeline else ""
+            kind = "adapter" if pipeline and pipeline.endswith("adapter") else "pipeline"
+            where = f"; the {kind} is in {pipeline}" if pipeline else ""
             return f"Finished: {progress.step} steps, {progress.images} images{where}{_lost(event.skipped)}"
         case Stopped(progress=progress, reason=reason):
             return f"Stopped after step {progress.step}{': ' + reason if reason else ''}{_lost(event.skipped)}"
