@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
 
-from sana_tune.config.lycoris import read_lycoris
+from sana_tune.config.lycoris import LycorisFile, read_lycoris
 from sana_tune.config.optimizers import OPTIMIZER_FACTS, keeps_bf16, saved_bytes, state_bytes
 from sana_tune.config.quantisation_rules import FULL_RANK, ON_QUANTISED
 from sana_tune.config.schema import Config, section_of
@@ -171,11 +171,12 @@ def memory_needed(
     *,
     precision: str | None = None,
     on_cpu: bool = False,
+    adapter: LycorisFile | None = None,
 ) -> MemoryNeed:
     """What training takes; the largest of the loads decides. regularisation_target base is taken at its word.
 
     precision: "bf16" or "no" where the run computes otherwise than mixed_precision says (a CPU, unasked: "no").
-    on_cpu: the device's memory is main memory.
+    on_cpu: the device's memory is main memory. adapter: what lycoris_config holds, where it is not a file yet.
     """
     bf16_weights = config.model.weights_dtype == "bf16"
     autocast = (precision or config.model.mixed_precision) != "no" and not bf16_weights
@@ -184,7 +185,7 @@ def memory_needed(
     whole, kept = (1.0, 1.0) if bf16_weights else (_AUTOCAST if autocast else _FP32, _FP32_KEPT)
     pictures = max((_positions(load, facts) * load.batch_size for load in loads), default=0)
     if config.model.model_type == "lora":
-        return _frozen_needed(config, facts, pictures, autocast, on_cpu)
+        return _frozen_needed(config, facts, pictures, autocast, trained_parameters(config, facts, adapter), on_cpu)
     return MemoryNeed(
         weights_bytes=each * parameters,
         gradients_bytes=_gradients_bytes(config, facts, each),
@@ -198,14 +199,14 @@ def memory_needed(
 
 
 def _frozen_needed(
-    config: Config, facts: ModelFacts, pictures: int, autocast: bool, on_cpu: bool = False
+    config: Config, facts: ModelFacts, pictures: int, autocast: bool, adapter: int, on_cpu: bool
 ) -> MemoryNeed:
     """What a frozen base takes, without gradients and states, and the fp32 adapter on it, with them.
 
-    pictures: latent positions of a micro-batch. Every product unpacks its matrix: of the largest there are two, one
-    coming while the other goes.
+    pictures: latent positions of a micro-batch. adapter: its parameters. Every product unpacks its matrix: of
+    the largest there are two, one coming while the other goes.
     """
-    model, adapter = config.model, trained_parameters(config, facts)
+    model = config.model
     quantised = model.base_model_precision != "no_change"
     dtype = model.base_model_default_dtype if quantised else "bf16" if autocast else "fp32"
     computed = 2 if autocast or dtype == "bf16" else 4
@@ -223,12 +224,16 @@ def _frozen_needed(
     )
 
 
-def trained_parameters(config: Config, facts: ModelFacts) -> int:
-    """How many are trained: all of the model's, or the adapter's. 0 for an adapter of which nothing is known yet."""
+def trained_parameters(config: Config, facts: ModelFacts, adapter: LycorisFile | None = None) -> int:
+    """How many are trained: all of the model's, or the adapter's. 0 for an adapter of which nothing is known yet.
+
+    adapter: what lycoris_config holds, where it is not a file yet.
+    """
     if config.model.model_type != "lora":
         return facts.parameters
     try:
-        return adapted(facts.transformer, read_lycoris(config.adapter.lycoris_config)).parameters
+        file = read_lycoris(config.adapter.lycoris_config) if adapter is None else adapter
+        return adapted(facts.transformer, file).parameters
     except UserError:  # told where the adapter is looked at
         return 0
 

@@ -675,10 +675,10 @@ def saving_line(plan: Plan) -> str:
 
 def disk_line(plan: Plan) -> str:
     """What is written, and what is free."""
-    disk = plan.disk
+    disk, result = plan.disk, "adapter" if plan.adapter else "pipeline"
     return (
         f"about {human_bytes(plan.disk_needed_bytes)} needed (caches {human_bytes(disk.caches_bytes)}, "
-        f"{disk.kept} checkpoint{'s' * (disk.kept != 1)} {human_bytes(disk.checkpoints_bytes)}, pipeline "
+        f"{disk.kept} checkpoint{'s' * (disk.kept != 1)} {human_bytes(disk.checkpoints_bytes)}, {result} "
         f"{human_bytes(disk.pipeline_bytes)}), {human_bytes(plan.disk_free_bytes)} free"
     )
 

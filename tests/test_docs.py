@@ -23,6 +23,7 @@ from sana_tune.config.datasets import DATASET_KINDS
 from sana_tune.config.describe import SCHEMAS, schema_path
 from sana_tune.config.json_schema import json_schema
 from sana_tune.config.load import load
+from sana_tune.config.lycoris import LycorisFile, Override, lycoris_of
 from sana_tune.config.prompt_library import PromptEntry, read_library
 from sana_tune.config.schema import section_of
 from sana_tune.config.sources import FILTER_KEYS, HUB_KEYS, TABLE_KEYS
@@ -89,7 +90,7 @@ def json_blocks() -> list[tuple[str, str, str]]:
 
 def test_how_much_json_there_is():
     kinds = [kind for _, kind, _ in json_blocks()]
-    assert set(kinds) == {"config", "datasets", "prompts"} and len(kinds) >= 10
+    assert set(kinds) == {"config", "datasets", "prompts", "lycoris"} and len(kinds) >= 10
 
 
 @pytest.mark.parametrize("page, kind, text", json_blocks())
@@ -97,6 +98,9 @@ def test_json_in_the_pages_is_right(page, kind, text, tmp_path):
     content = json.loads(text)
     config: dict[str, Any] = {"pretrained_model_name_or_path": "nano", "data_backend_config": str(tmp_path / "d.json")}
     entries: Any = [{"id": "stand-in", "instance_data_dir": "datasets/stand-in"}]
+    if kind == "lycoris":
+        assert lycoris_of(content, page).algo == "lokr"
+        return
     if kind == "prompts":
         (tmp_path / "p.json").write_text(text)
         assert read_library(str(tmp_path / "p.json"), "validation")
@@ -168,10 +172,11 @@ OTHER_NAMES = frozenset({
     "init_vae_cache", "init_resume_checkpoint", "benchmark_base_model", "final_validation",
     "training_complete", "training_abort",
     "distributed_type", "fsdp_config", "fsdp_version", "gpu_ids", "fully_shard", "fsdp_reshard_after_forward",
-    "memory_bytes", "by_sigma", "first_batches",
+    "memory_bytes", "by_sigma", "first_batches", "rank_dropout", "module_dropout", "use_scalar", "train_norm",
 })  # fmt: skip
 # Keys inside of blocks.
 BLOCK_KEYS = {*TABLE_KEYS, *HUB_KEYS, *FILTER_KEYS, *WEBHOOK_KEYS, *(field.name for field in fields(CaptionShuffle)),
+              *LycorisFile.model_fields, *Override.model_fields, "apply_preset",
               *PromptEntry.model_fields, *SCRIPT_PLACEHOLDERS}  # fmt: skip
 
 

@@ -20,7 +20,6 @@ from sana_tune.config.describe import schema_path
 from sana_tune.config.files import examples_dir, list_examples
 from sana_tune.config.json_schema import json_schema
 from sana_tune.config.load import Loaded, load
-from sana_tune.errors import UserError
 from sana_tune.fitting import choose, footprint
 from sana_tune.prompts import prompts_of
 from tests.test_prepare import card
@@ -28,14 +27,13 @@ from tests.test_prepare import card
 ROOT = Path(__file__).resolve().parent.parent
 NANO = ("nano", "nano-masked")
 SMALL = ("sana-1.6b-10gb", "sana-1.6b-12gb", "sana-1.6b-16gb", "sana-1.6b-8gb")
-OTHER = ("sana-1.5-1.6b-80gb", "sana-1.6b-24gb", "sana-1.6b-dreambooth-512+1024", "sana-4.8b-8gpu")
+OTHER = ("sana-1.5-1.6b-80gb", "sana-1.6b-24gb", "sana-1.6b-dreambooth-512+1024", "sana-4.8b-8gpu",
+         "sana-minimum-lokr")  # fmt: skip
 REAL = tuple(sorted((*OTHER, *SMALL)))
 EXAMPLES = (*NANO, *REAL)
-# Files that are there for keys that are not: LoKr and quantised bases. To switch on when they are, move to OTHER, with
-# its card below.
-LATER = ("sana-minimum-lokr",)
 # The card that an example is for, GB.
 CARDS = {"sana-1.5-1.6b-80gb": 80, "sana-1.6b-24gb": 24, "sana-1.6b-dreambooth-512+1024": 48, "sana-4.8b-8gpu": 80,
+         "sana-minimum-lokr": 10,
          **{name: int(name.removeprefix("sana-1.6b-").removesuffix("gb")) for name in SMALL}}  # fmt: skip
 SCHEMAS = {"config": Draft202012Validator(json_schema("config")),
            "multidatabackend": Draft202012Validator(json_schema("multidatabackend"))}  # fmt: skip
@@ -79,7 +77,7 @@ def row(name: str, label: str) -> str:
 
 
 def test_these_are_the_examples():
-    assert list_examples() == tuple(sorted((*EXAMPLES, *LATER)))
+    assert list_examples() == tuple(sorted(EXAMPLES))
     for name in list_examples():
         files = {path.name for path in (examples_dir() / name).iterdir() if path.is_file()}
         adapter = {"lycoris_config.json"} if name.endswith("-lokr") else set()
@@ -112,7 +110,7 @@ def test_memory_and_disk_are_those_of_the_readme(name, tmp_path, monkeypatch):
     told = row(name, "disk")
     for amount, what in (
         (disk.checkpoints_bytes, "two checkpoints"),
-        (disk.pipeline_bytes, "the exported pipeline"),
+        (disk.pipeline_bytes, "the finished adapter" if name.endswith("-lokr") else "the exported pipeline"),
         (report.model.fetch_bytes, "the downloaded model"),
     ):
         assert f"{amount / 1e9:.1f} GB for {what}" in told
@@ -160,18 +158,14 @@ def test_ten_gigabytes_are_enough_for_the_ten_gigabyte_card():
         assert f"{found.training.total_bytes / 1e9:.1f} GB" == told and found.most_bytes < 10**10
 
 
-@pytest.mark.parametrize("name", LATER)
-def test_what_is_for_a_later_version_says_so(name):
-    """Until its keys are built, the check refuses it in words and the files are whole."""
-    with pytest.raises(UserError) as refused:
-        load(examples_dir() / name / "config.json", {}, {})
-    assert "LoKr (lora_type lycoris) is not built yet" in str(refused.value)
-    assert "base_model_precision" in str(refused.value)
-    found = content(examples_dir() / name / "config.json")
+def test_the_least_memory_is_the_guides_recipe():
+    """What SimpleTuner's quickstart says under "lowest VRAM", on a LoKr of both halves of a block."""
+    loaded, report = looked_over(examples_dir() / "sana-minimum-lokr/config.json")
     asked = {"base_model_precision": "nf4-bnb", "optimizer": "bnb-lion8bit-paged", "quantize_via": "cpu",
              "train_batch_size": 1, "model_type": "lora", "lora_type": "lycoris"}  # fmt: skip
-    assert asked.items() <= found.items()
-    assert (examples_dir() / name / Path(found["lycoris_config"]).name).is_file()
+    assert asked.items() <= content(loaded.path).items()
+    assert report.plan is not None and "200 layers (160 in Attention, 40 in GLUMBConv)" in report.plan.adapter[0]
+    assert "; the base in nf4-bnb" in report.plan.adapter[0]
 
 
 OTHERS = {
@@ -259,7 +253,7 @@ def test_how_many_files_there_are():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_file_is_valid_and_names_its_schema(path):
     found = content(path)
-    if kind(path) in SCHEMAS and not (kind(path) == "config" and path.parent.name in LATER):
+    if kind(path) in SCHEMAS:
         assert [error.message for error in SCHEMAS[kind(path)].iter_errors(found)] == []
         if isinstance(found, dict):
             assert (path.parent / found["$schema"]).resolve() == schema_path(kind(path))
@@ -276,8 +270,8 @@ def test_the_files_at_the_root_load_and_pass_the_check():
     assert not any("unlike SimpleTuner" in note for note in report.notes), "it names our schema"
 
 
-def test_the_adapters_file_is_ready_for_a_later_version():
-    """The fields that SimpleTuner's users know; both halves of a block are adapted."""
+def test_the_adapters_file_adapts_both_halves_of_a_block():
+    """With the fields that SimpleTuner's users know."""
     found = content(ROOT / "config" / "lycoris_config.json.example")
     assert found["algo"] == "lokr" and {"multiplier", "linear_dim", "linear_alpha", "factor"} <= set(found)
     preset = found["apply_preset"]

@@ -286,6 +286,7 @@ def _plan(plan: Plan, width: int) -> Iterator[Line]:
     yield from _labelled("Rate", [rate_line(plan)], width)
     if plan.weights.why:
         yield from _labelled("Weights", [f"{plan.weights.dtype} ({plan.weights.why})"], width)
+    yield from _labelled("Adapter", plan.adapter, width)
     yield from _labelled("Caches", [_cache(cache) for cache in plan.caches], width)
     yield from _labelled("Disk", [disk_line(plan)], width)
     yield from _labelled("Held-out", evaluation_lines(plan), width)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sana_tune.cli import recipe
+from sana_tune.cli import lokr, recipe
 from sana_tune.cli.merge import Existing, changes, merge_datasets, merge_settings
 from sana_tune.cli.questions import State, clean_path
 from sana_tune.cli.recipe import Answers
@@ -94,13 +94,21 @@ def read_existing(path: Path, environ: Mapping[str, str]) -> Existing:
     return Existing(path, content, read(place, "dataset list"), place) if place.is_file() else existing
 
 
+def settings_for(state: State, answers: Answers) -> dict[str, Any]:
+    """What is recommended; with the learning rate where an existing file is to train something else than it did."""
+    settings = state.settings()
+    if state.existing is not None and state.existing.adapter() != answers.adapter:
+        settings["learning_rate"] = recipe.learning_rate(answers.model, answers.adapter)
+    return settings
+
+
 def other_settings(existing: Existing, recommended: Mapping[str, Any]) -> dict[str, Any]:
     """The recommended settings that the existing file has otherwise."""
     same = {"auto": "fp32"}
     found = {
         key: value
         for key, value in recommended.items()
-        if str(same.get(str(was := existing.get(key)), was)).lower() != str(value).lower()
+        if key != "model_type" and str(same.get(str(was := existing.get(key)), was)).lower() != str(value).lower()
     }
     if not recommended["gradient_checkpointing"]:
         found.pop("gradient_checkpointing_interval", None)
@@ -135,8 +143,12 @@ def draft(state: State, answers: Answers, write_to: Path, take: bool) -> Draft:
         else:
             not_read.append(path)
             lines.append("    it is not one of the files that were read: what stands in it would be lost")
-    if existing is None and places["user_prompt_library"] not in contents:
-        lines.append(f"{shown(places['user_prompt_library'], state.cwd)}: is there already and is used as it is")
+    used = ("user_prompt_library",) * (existing is None) + ("lycoris_config",) * (answers.adapter == "lokr")
+    lines += [
+        f"{shown(places[name], state.cwd)}: is there already and is used as it is"
+        for name in used
+        if places[name] not in contents
+    ]
     elsewhere = _elsewhere(answers, state.cwd)
     return Draft(write_to, tuple(files), tuple(lines), tuple(in_the_way), tuple(not_read), elsewhere)
 
@@ -144,13 +156,26 @@ def draft(state: State, answers: Answers, write_to: Path, take: bool) -> Draft:
 def _places(state: State, write_to: Path) -> dict[str, Path]:
     """Where the files go: beside config.json, under its name if it has one of its own; datasets where they are."""
     prefix = "" if write_to.stem == "config" else f"{write_to.stem}-"
-    names = ("multidatabackend", "user_prompt_library")
+    names = ("multidatabackend", "user_prompt_library", "lycoris_config")
     places = {"config": write_to, **{name: write_to.with_name(f"{prefix}{name}.json") for name in names}}
-    named = state.existing.get("data_backend_config") if state.existing else None
-    if isinstance(named, str):
-        name = str(expand_env(named, "", state.environ, Findings())[0])
-        places["multidatabackend"] = Path(os.path.expanduser(name)).with_suffix(".json")
+    if state.existing is None:
+        return places
+    if isinstance(named := state.existing.get("data_backend_config"), str):
+        places["multidatabackend"] = _path_of(named, state).with_suffix(".json")
+    if state.existing.adapter() == "lokr" or state.existing.names("lycoris_config"):
+        places["lycoris_config"] = _path_of(str(state.existing.get("lycoris_config")), state)
     return places
+
+
+def _path_of(named: str, state: State) -> Path:
+    """The path that a setting names."""
+    return Path(os.path.expanduser(str(expand_env(named, "", state.environ, Findings())[0])))
+
+
+def _adapter(state: State, answers: Answers, places: Mapping[str, Path]) -> dict[Path, Any]:
+    """The file of the adapter where one is asked for; one that is there already is used as it is."""
+    place = places["lycoris_config"]
+    return {place: lokr.CONTENT} if answers.adapter == "lokr" and not os.path.lexists(state.cwd / place) else {}
 
 
 def _new(state: State, answers: Answers, places: Mapping[str, Path]) -> dict[Path, Any]:
@@ -161,9 +186,12 @@ def _new(state: State, answers: Answers, places: Mapping[str, Path]) -> dict[Pat
         "data_backend_config": shown(datasets, state.cwd).as_posix(),
         "user_prompt_library": shown(prompts, state.cwd).as_posix(),
     }
+    if answers.adapter == "lokr":
+        named["lycoris_config"] = shown(places["lycoris_config"], state.cwd).as_posix()
     content = {"$schema": schema_for("multidatabackend", datasets, state.cwd), "datasets": recipe.new_datasets(answers)}
     library = {} if os.path.lexists(state.cwd / prompts) else {prompts: recipe.prompt_library(answers)}
-    return {**library, datasets: content, places["config"]: recipe.new_config(answers, state.settings(), named)}
+    config = recipe.new_config(answers, state.settings(), named)
+    return {**library, **_adapter(state, answers, places), datasets: content, places["config"]: config}
 
 
 def _changed(
@@ -175,10 +203,9 @@ def _changed(
     homes = {"max_train_steps": "length", "num_train_epochs": "length", "pretrained_model_name_or_path": "model"}
     homes |= {"output_dir": "output", "validation_prompt": "prompt", "report_to": "tracking"}
     new = {key: value for key, value in asked.items() if homes[key] in changed}
-    if existing.get("model_type") != "full":
-        new["model_type"] = "full"
     if take:
-        new |= other_settings(existing, state.settings())
+        new |= other_settings(existing, settings_for(state, answers))
+    new |= _for_adapter(existing, answers.adapter, shown(places["lycoris_config"], state.cwd).as_posix())
     datasets = places["multidatabackend"]
     named = existing.get("data_backend_config")
     if not isinstance(named, str) or Path(named).suffix != datasets.suffix:
@@ -191,7 +218,23 @@ def _changed(
         }
     elif changed & {"pictures", "captions", "subject", "resolutions"}:
         content = merge_datasets(existing, answers, changed)
-    return {datasets: content, places["config"]: merge_settings(existing.config, new)}
+    adapter = _adapter(state, answers, places)
+    return {**adapter, datasets: content, places["config"]: merge_settings(existing.config, new)}
+
+
+def _for_adapter(existing: Existing, adapter: str, place: str) -> dict[str, Any]:
+    """Changes without which an existing config would not train so: key → value, None for what must not stand there.
+
+    place: of the adapter's file.
+    """
+    if adapter == existing.adapter() and (adapter == "full" or existing.get("lora_type") == "lycoris"):
+        return {}
+    if adapter == "full":
+        gone = dict.fromkeys(("lora_type", "lycoris_config", "init_lora", "init_lora_step", "init_lora_ema"))
+        return {"model_type": "full", "base_model_precision": None, "init_lokr_norm": None, **gone}
+    named = {} if existing.names("lycoris_config") else {"lycoris_config": place}
+    refused = {"weights_dtype": None, "dynamo_backend": None}
+    return {"model_type": "lora", "lora_type": "lycoris", **named, **refused}
 
 
 def schema_for(name: str, written: Path, cwd: Path) -> str:

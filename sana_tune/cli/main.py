@@ -301,7 +301,7 @@ def export(
     checkpoint: Stored = "latest",
     output: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the pipeline, to be made.")] = None,
     ema: Annotated[bool, typer.Option("--ema", help="The averaged weights in place of the raw ones.")] = False,
-    merge: Annotated[bool, typer.Option("--merge", help="For adapters, which are not built yet.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="An adapter as part of the weights: a pipeline.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a pipeline that is there.")] = False,
 ) -> None:
     """Write a checkpoint as a complete pipeline for diffusers. The datasets need not be there.

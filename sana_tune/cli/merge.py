@@ -49,6 +49,10 @@ class Existing:
         default = SECTIONS[home].model_fields[key].get_default() if home else None
         return default if isinstance(default, (str, int, float)) else None
 
+    def names(self, key: str) -> bool:
+        """Whether config.json itself has a setting, under whatever name."""
+        return any(canonical(name) == key and value not in (None, "") for name, value in self.config.items())
+
     @property
     def entries(self) -> list[dict[str, Any]]:
         """The entries of the dataset list; none when it cannot be one."""
@@ -88,6 +92,10 @@ class Existing:
             found.append(round((size * 1e6) ** 0.5 if area else size))
         return tuple(dict.fromkeys(found))
 
+    def adapter(self) -> str:
+        """What is trained: full or lokr (any adapter)."""
+        return "lokr" if self.get("model_type") == "lora" else "full"
+
     def says(self, question: str) -> bool:
         """Whether the files themselves answer the question `model` or `pictures`."""
         return bool(self.group) if question == "pictures" else self.get("pretrained_model_name_or_path") is not None
@@ -107,6 +115,7 @@ class Existing:
             "prompt": self.get("validation_prompt") == answers.prompt,
             "tracking": (self.get("report_to") or "none") == answers.tracking,
             "output": self.get("output_dir") == answers.output,
+            "adapter": self.adapter() == answers.adapter,
         }
         return frozenset(key for key, is_same in same.items() if not is_same)
 

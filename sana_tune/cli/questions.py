@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from sana_tune.cli import recipe
+from sana_tune.cli import lokr, recipe
 from sana_tune.cli.merge import SEVERAL, Existing
 from sana_tune.cli.recipe import STRATEGIES, TRACKERS, ModelChoice, Target
 from sana_tune.cli.scan import Scan, find_pictures, scan
@@ -89,7 +89,8 @@ class State:
     def settings(self, resolutions: Sequence[int] | None = None) -> dict[str, Any]:
         """What is recommended for the answers so far. Raises UserError when the model does not fit."""
         sizes = resolutions or self.answers["resolutions"]
-        return recipe.recommended(self.answers["model"], self.answers["target"], sizes, self.usable)
+        adapter = self.answers.get("adapter", "full")
+        return recipe.recommended(self.answers["model"], self.answers["target"], sizes, self.usable, adapter)
 
 
 Lines = Callable[[State], Sequence[str]]
@@ -324,23 +325,52 @@ def _read_target(text: str, state: State) -> Target:
         return Target(state.machine.ram_bytes or recipe.TYPED_BYTES, on_cpu=True, beside_gpu=bool(state.machine.gpus))
     if state.machine.gpus and text.strip() == _target_default(state):
         target = state.machine.target
-    side = max(model.facts.native_px // 2, 2 * model.facts.vae_factor)
-    try:
-        recipe.recommended(model, target, (side,), state.usable)
-    except UserError as error:
+    found = [_does_not_fit(state, target, adapter) for adapter in ADAPTERS]
+    if all(found):
         fix = "take a smaller model, or a GPU with more memory"
-        raise UserError(*(Problem("--vram", problem.what, fix) for problem in error.problems)) from None
+        raise UserError(*(Problem("--vram", problem.what, fix) for problem in found if problem))
     return target
 
 
 # ---- 5: full rank or LoKr ----
 
+ADAPTERS = ("full", "lokr")
+
+
+def _does_not_fit(state: State, target: Target, adapter: str) -> Problem | None:
+    """Why the model cannot be trained so on a device, not even with pictures of half its own size."""
+    facts = state.answers["model"].facts
+    side = max(facts.native_px // 2, 2 * facts.vae_factor)
+    try:
+        recipe.recommended(state.answers["model"], target, (side,), state.usable, adapter)
+    except UserError as error:
+        return error.problems[0]
+    return None
+
+
+def _adapter_default(state: State) -> str:
+    if state.existing:
+        return state.existing.adapter()
+    return "full" if _does_not_fit(state, state.answers["target"], "full") is None else "lokr"
+
 
 def _read_adapter(text: str, state: State) -> str:
-    if choose(text, ("full", "lokr"), "--adapter") == "lokr":
-        what = "LoKr comes in a later version of sana_tune: this one trains every weight (full)"
-        raise refuse("--adapter", what, "choose full")
-    return "full"
+    adapter = choose(text, ADAPTERS, "--adapter")
+    if state.existing and adapter == state.existing.adapter():
+        return adapter  # the settings that go with it are the user's own; `check` looks at them
+    problem = _does_not_fit(state, state.answers["target"], adapter)
+    if problem is not None:
+        fix = "choose lokr" if adapter == "full" else "take a smaller model, or a GPU with more memory"
+        raise refuse("--adapter", problem.what, fix)
+    return adapter
+
+
+def _adapter_said(adapter: str, state: State) -> list[str]:
+    if adapter == "full":
+        return []
+    if state.existing and state.existing.adapter() == "lokr":
+        return lokr.missing_library()
+    return [*lokr.told(state.answers["model"].facts), *lokr.missing_library()]
 
 
 # ---- 6: resolutions ----
@@ -496,9 +526,9 @@ QUESTIONS: tuple[Question, ...] = (
         "model", "--model", "What to train", "A number of the list, another hub id, or a folder in diffusers layout.",
         _model_default, _read_model, must_name=True, choices=_model_choices, said=_model_said,
         more="Larger models draw better and need more memory; the 1.6B ones are the usual choice. 'GPU from' is the "
-        "smallest memory that trains every weight at the model's own size. Models named BF16 or SANA1.5 compute in "
-        f"bf16; the 600M ones must compute in fp32. nano is for trying out: it draws simple figures of 64 px. "
-        f"Licence: {WEIGHTS_LICENCE}. Of nano: {NANO_LICENCE}.",
+        "smallest memory that trains every weight at the model's own size; LoKr needs less. Models named BF16 or "
+        f"SANA1.5 compute in bf16; the 600M ones must compute in fp32. nano is for trying out: it draws simple "
+        f"figures of 64 px. Licence: {WEIGHTS_LICENCE}. Of nano: {NANO_LICENCE}.",
     ),
     Question(
         "pictures", "--images", "Your pictures", "The folder they are in, subfolders included.",
@@ -528,20 +558,21 @@ QUESTIONS: tuple[Question, ...] = (
     ),
     Question(
         "adapter", "--adapter", "Full rank or LoKr", "full trains every weight; lokr a small addition to them.",
-        lambda state: "full", _read_adapter,
-        more="full learns the most and makes a whole model. LoKr, which needs less memory and makes a small file, "
-        "comes in a later version.",
+        _adapter_default, _read_adapter, said=_adapter_said, needs=("model", "pictures", "target"),
+        more="full learns the most and makes a whole model. LoKr needs less memory and makes a small file that is put "
+        "on the model it was trained on; both halves of every block are adapted. lycoris_config.json describes it.",
     ),
     Question(
         "resolutions", "--resolution", "Resolution", "Size of the training pictures in px; several with commas.",
-        _resolutions_default, _read_resolutions, said=_resolutions_said, needs=("model", "pictures", "target"),
+        _resolutions_default, _read_resolutions, said=_resolutions_said,
+        needs=("model", "pictures", "target", "adapter"),
         more="Pictures keep their shape; 1024 means as many px as 1024x1024 has. With 1024,512 every picture is "
         "trained at both sizes, which can help Sana and doubles an epoch. Smaller is faster and takes less memory.",
     ),
     Question(
         "length", "--steps", "Length", 'Optimizer steps, or passes over the pictures such as "20 epochs".',
         _length_default, lambda text, state: recipe.parse_length(text), said=_length_said,
-        needs=("model", "pictures", "target", "resolutions"),
+        needs=("model", "pictures", "target", "adapter", "resolutions"),
         more="Too short learns little, too long forgets what the model knew; previews on the way show which. A "
         "finished run can be made longer.",
     ),

@@ -13,6 +13,7 @@ from pathlib import PurePath
 from typing import Any
 
 from sana_tune import memory
+from sana_tune.cli import lokr
 from sana_tune.cli.scan import Scan
 from sana_tune.config.schema import section_of
 from sana_tune.errors import Problem, UserError
@@ -78,7 +79,10 @@ class Length:
 
 @dataclass(frozen=True)
 class Answers:
-    """All that was answered. subject: the caption of instanceprompt, several as a list; None for other strategies."""
+    """All that was answered.
+
+    subject: the caption of instanceprompt, several as a list; None for other strategies. adapter: full or lokr.
+    """
 
     model: ModelChoice
     pictures: Scan
@@ -90,6 +94,7 @@ class Answers:
     prompt: str
     tracking: str
     output: str
+    adapter: str = "full"
 
 
 # ---- what is offered ----
@@ -258,18 +263,27 @@ def is_short(prompt: str) -> bool:
 # ---- what is recommended ----
 
 
-def recommended(model: ModelChoice, target: Target, resolutions: Sequence[int], pictures: int) -> dict[str, Any]:
+def recommended(
+    model: ModelChoice, target: Target, resolutions: Sequence[int], pictures: int, adapter: str = "full"
+) -> dict[str, Any]:
     """Batch, checkpointing, precision, optimizer and EMA. Raises UserError when the model does not fit.
 
-    resolutions: px. pictures: how many there are; a batch is not larger.
+    resolutions: px. pictures: how many there are; a batch is not larger. adapter: full, or lokr, whose settings begin
+    with the model_type.
     """
     facts, side = model.facts, max(resolutions)
     exact = target.on_cpu or not facts.bf16_safe
-    settings = memory.recommend(facts, target.total_bytes, side, side, use_ema=True, on_cpu=exact)
+    if adapter == "lokr":
+        settings = lokr.recommend(facts, target.total_bytes, side, on_cpu=target.on_cpu)
+    else:
+        settings = memory.recommend(facts, target.total_bytes, side, side, use_ema=True, on_cpu=exact)
     if model.is_tiny and side <= 4 * facts.native_px:
         batch = max(size for size in (1, 2, 4, TINY_BATCH) if size <= max(1, pictures))
         own = {"train_batch_size": batch, "gradient_accumulation_steps": 1, "gradient_checkpointing": False}
-        return {**settings, **own, "mixed_precision": "no", "weights_dtype": "fp32"}
+        dtype = {} if adapter == "lokr" else {"weights_dtype": "fp32"}
+        return {**settings, **own, "mixed_precision": "no", **dtype}
+    if adapter == "lokr" and not target.on_cpu:
+        settings |= lokr.while_caching(facts, target.total_bytes, side)
     fewer = max(size for size in (1, 2, 4) if size <= max(1, pictures))
     return {**settings, "train_batch_size": min(settings["train_batch_size"], fewer)}
 
@@ -279,7 +293,7 @@ def estimated_bytes(settings: Mapping[str, Any], facts: ModelFacts, resolutions:
     homes = section_of()
     config = memory.changed(memory.default_config(), {key: value for key, value in settings.items() if key in homes})
     loads = [Load(side, side, settings["train_batch_size"]) for side in resolutions]
-    return memory.memory_needed(config, facts, loads).total_bytes
+    return memory.memory_needed(config, facts, loads, adapter=lokr.FILE).total_bytes
 
 
 RELEASED = "gradients: each is used and freed at once, since all of them do not fit; clipping takes a second pass"
@@ -296,7 +310,9 @@ def reasons(settings: Mapping[str, Any]) -> list[str]:
         blocks = "every block is recomputed in the backward pass, which saves the most memory"
     else:
         blocks = f"every {interval}. block is recomputed: there is room for the others"
-    if settings["weights_dtype"] == "bf16":
+    if settings.get("model_type") == "lora":
+        precision = lokr.precision_in_words(settings)
+    elif settings["weights_dtype"] == "bf16":
         kept = "what rounding loses is kept aside (Kahan)"
         if not settings["optimizer"].startswith("optimi"):
             kept = "rounded so that small changes add up (stochastic rounding)"
@@ -311,6 +327,7 @@ def reasons(settings: Mapping[str, Any]) -> list[str]:
         f"checkpointing: {blocks}",
         f"precision: {precision}",
         f"optimizer: {settings['optimizer']}; {average}",
+        *lokr.caching_in_words(settings),
         *([RELEASED] if settings.get("optimizer_release_gradients") else []),
     ]
 
@@ -347,21 +364,29 @@ def asked_settings(answers: Answers, length_of: Length | None = None) -> dict[st
     }
 
 
-def learning(model: ModelChoice, steps: int) -> dict[str, Any]:
-    """Learning rate and what goes with it, for training every weight."""
+def learning(model: ModelChoice, steps: int, adapter: str = "full") -> dict[str, Any]:
+    """Learning rate and what goes with it, for training every weight, or an adapter."""
     tiny = model.is_tiny
     settings: dict[str, Any] = {
-        "learning_rate": 0.0004 if tiny else 1e-5,
+        "learning_rate": learning_rate(model, adapter),
         "lr_scheduler": "constant_with_warmup",
         "lr_warmup_steps": min(20 if tiny else 100, steps // 10),
     }
     return {**settings, "max_grad_norm": 0.3, "ema_decay": 0.98} if tiny else settings
 
 
+def learning_rate(model: ModelChoice, adapter: str) -> float:
+    """The rate for AdamW. The few weights of an adapter move more than all of them do."""
+    if adapter == "lokr":
+        return lokr.TINY_LEARNING_RATE if model.is_tiny else lokr.LEARNING_RATE
+    return 0.0004 if model.is_tiny else 1e-5
+
+
 def new_config(answers: Answers, settings: Mapping[str, Any], places: Mapping[str, str | None]) -> dict[str, Any]:
     """config.json, whole.
 
-    settings: what is recommended. places: data_backend_config, and user_prompt_library and $schema where there are any.
+    settings: what is recommended. places: data_backend_config, and user_prompt_library, $schema and lycoris_config
+    where there are any.
     """
     per_epoch = steps_per_epoch(usable(answers.pictures, answers.captions), answers.resolutions, settings)
     steps = steps_of(answers.length, per_epoch)
@@ -372,6 +397,8 @@ def new_config(answers: Answers, settings: Mapping[str, Any], places: Mapping[st
     found: dict[str, Any] = {
         "$schema": places.get("$schema"),
         "model_type": "full",
+        "lora_type": "lycoris" if answers.adapter == "lokr" else None,
+        "lycoris_config": places.get("lycoris_config"),
         "model_family": "sana",
         "pretrained_model_name_or_path": asked.pop("pretrained_model_name_or_path"),
         "data_backend_config": places["data_backend_config"],
@@ -379,7 +406,7 @@ def new_config(answers: Answers, settings: Mapping[str, Any], places: Mapping[st
         "max_train_steps": asked.pop("max_train_steps", None),
         "num_train_epochs": asked.pop("num_train_epochs", None),
         **settings,
-        **learning(answers.model, steps),
+        **learning(answers.model, steps, answers.adapter),
         "checkpoint_step_interval": interval,
         "checkpoints_total_limit": 2,
         "validation_prompt": asked.pop("validation_prompt"),

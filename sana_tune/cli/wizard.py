@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sana_tune.cli.drafts import Draft, draft, find_files, other_settings, read_existing, shown
+from sana_tune.cli.drafts import Draft, draft, find_files, other_settings, read_existing, settings_for, shown
 from sana_tune.cli.questions import QUESTIONS, Machine, Question, State
 from sana_tune.cli.recipe import Answers, estimated_bytes, reasons
 from sana_tune.cli.terminal import Asker, Terminal
@@ -228,8 +228,7 @@ def _default_unasked(question: Question, state: State) -> str | None:
 
 def answers_of(state: State) -> Answers:
     """The answers as one value."""
-    found = {key: value for key, value in state.answers.items() if key != "adapter"}
-    return Answers(**{"subject": None, **found})
+    return Answers(**{"subject": None, **state.answers})
 
 
 # ---- what follows from it ----
@@ -238,7 +237,7 @@ def answers_of(state: State) -> Answers:
 def _recommendation(asker: Asker, state: State, answers: Answers, *, ask: bool) -> bool:
     """Show what is recommended. Answers whether it is to be taken: always for new files, else as is answered."""
     try:
-        settings = state.settings()
+        settings = settings_for(state, answers)
     except UserError as error:  # an existing file with sizes that do not fit: `check` says it in full
         asker.say(f"No settings can be recommended: {error.problems[0].what}.", style="yellow")
         return False
@@ -251,7 +250,7 @@ def _recommendation(asker: Asker, state: State, answers: Answers, *, ask: bool) 
     other = other_settings(state.existing, settings)
     if not other:
         return False
-    default = "model" in state.existing.changed(answers) or "target" in state.given
+    default = bool({"model", "adapter"} & state.existing.changed(answers)) or "target" in state.given
     asker.say("Your file has otherwise: " + ", ".join(f"{key} {state.existing.get(key)}" for key in other) + ".")
     return _yes(asker, "Take the recommended ones?", default) if ask else default
 

@@ -163,7 +163,6 @@ REFUSED: dict[str, str] = {
 
 # Values of our own keys that users have and that come in a later version.
 LATER_VALUES: dict[str, dict[str, str]] = {
-    "model_type": {"lora": "LoKr (lora_type lycoris) is not built yet; use full"},
     "mixed_precision": {"fp8": "use bf16"},
     "crop_style": {"face": "use center, or random"},
     "conditioning_type": dict.fromkeys(

@@ -105,7 +105,7 @@ def lycoris_of(content: Any, path: str) -> LycorisFile:
     findings = Findings()
     values, preset = dict(content), {}
     if isinstance(given := values.pop("apply_preset", {}), dict):
-        preset = given
+        preset = dict(given)
     else:
         findings.wrong(f"{path}: apply_preset", "must be an object", 'write {"target_module": ["Attention"]}')
     values = {key: value for key, value in values.items() if not (key in _REFUSED and value in (0, False, None))}

@@ -141,7 +141,8 @@ def test_the_device(tmp_path):
     assert question.default(here) == "25.76" and question.read("25.76", here) == Target(25_757_220_864)
     assert question.default(there) == "24" and question.read("80", there) == Target(80 * GB)
     assert "a CPU would take months" in refused(question, "cpu", there)
-    assert "needs about" in refused(question, "8", here)
+    assert "a LoKr on" in (said := refused(question, "1", here)) and "full-rank training" in said
+    assert question.read("6", here) == Target(6 * GB)  # a LoKr fits
     tiny = state(tmp_path, CPU, **{**known, "model": model("nano")})
     assert question.default(tiny) == "cpu" and question.read("cpu", tiny) == Target(16 * GB, on_cpu=True)
     assert question.read("cpu", state(tmp_path, RTX, **{**known, "model": model("nano")})).beside_gpu
@@ -156,12 +157,24 @@ def test_what_the_machine_has():
     ]  # fmt: skip
 
 
-def test_lokr_comes_later(tmp_path):
-    question, here = ASKED["adapter"], state(tmp_path)
+def test_full_or_lokr(tmp_path):
+    question = ASKED["adapter"]
+    here = state(tmp_path, model=model(), pictures=scan_of(), captions="filename", target=Target(24 * GB))
+    assert question.default(here) == "full"
     assert question.read("full", here) == question.read("1", here) == "full"
-    for text in ("lokr", "2"):
-        assert "later version" in refused(question, text, here)
+    assert question.read("lokr", here) == question.read("2", here) == "lokr"
     assert "must be one of full, lokr" in refused(question, "lora", here)
+    assert question.said("full", here) == []
+    assert question.said("lokr", here) == [
+        "LoKr on 200 layers (160 in Attention, 40 in GLUMBConv), 14.94 M parameters = 0.93 % of the model."
+    ]
+
+
+def test_where_full_rank_does_not_fit_it_is_lokr(tmp_path):
+    question = ASKED["adapter"]
+    here = state(tmp_path, model=model(), pictures=scan_of(), captions="filename", target=Target(6 * GB))
+    assert question.default(here) == "lokr" and question.read("lokr", here) == "lokr"
+    assert "full-rank training" in (said := refused(question, "full", here)) and "choose lokr" in said
 
 
 def test_resolutions(tmp_path):

@@ -86,13 +86,55 @@ def test_a_gpu_is_detected_and_the_model_fits_it():
     assert config.model.pretrained_model_name_or_path == SANA and config.model.weights_dtype == "bf16"
 
 
+def test_lokr_writes_its_file_beside_the_others():
+    said = run(*[""] * 4, "lokr").text
+    assert set(files()) >= {str(CONFIG), str(DATASETS), "config/lycoris_config.json"} and len(files()) == 4
+    assert "the frozen model in fp32, the LoKr in fp32" in said
+    example = json.loads((ROOT / "config" / "lycoris_config.json.example").read_bytes())
+    assert json.loads(Path("config/lycoris_config.json").read_bytes()) == example
+    written, config = json.loads(CONFIG.read_bytes()), loaded().config
+    assert written["lycoris_config"] == "config/lycoris_config.json" and "weights_dtype" not in written
+    assert (written["model_type"], written["lora_type"], written["learning_rate"]) == ("lora", "lycoris", 4e-3)
+    assert (config.optimizer.optimizer, config.model.base_model_precision) == ("optimi-adamw", "no_change")
+
+
+def test_an_adapter_stays_an_adapter_and_its_file_as_it_is():
+    unattended(model="nano", pictures="pictures", adapter="lokr")
+    own = {**json.loads(CONFIG.read_bytes()), "init_lokr_norm": 1e-3, "learning_rate": 3e-4}
+    CONFIG.write_text(json.dumps(own))
+    lycoris = Path("config/lycoris_config.json")
+    lycoris.write_text(json.dumps({"algo": "lokr", "linear_dim": 4, "linear_alpha": 1}))
+    before = lycoris.read_bytes()
+    said = unattended(length="7", overwrite=True).text
+    assert json.loads(CONFIG.read_bytes()) == {**own, "max_train_steps": 7} and lycoris.read_bytes() == before
+    assert "config/lycoris_config.json: is there already and is used as it is" in said
+
+
+def test_from_full_to_lokr_and_back():
+    """What could not be trained goes, and the learning rate follows."""
+    unattended(model="nano", pictures="pictures")
+    written = json.loads(CONFIG.read_bytes())
+    CONFIG.write_text(json.dumps({**written, "weights_dtype": "bf16", "dynamo_backend": "inductor", "seed": 7}))
+    unattended(adapter="lokr", overwrite=True)
+    changed, config = json.loads(CONFIG.read_bytes()), loaded().config
+    assert (changed["model_type"], changed["learning_rate"], changed["seed"]) == ("lora", 4e-3, 7)
+    assert not {"weights_dtype", "dynamo_backend"} & changed.keys() and config.adapter.lora_type == "lycoris"
+    assert Path(changed["lycoris_config"]).is_file()
+    CONFIG.write_text(json.dumps({**changed, "init_lokr_norm": 1e-3, "base_model_precision": "nf4-bnb"}))
+    unattended(adapter="full", overwrite=True)
+    back = json.loads(CONFIG.read_bytes())
+    assert back["model_type"] == "full" and back["learning_rate"] == written["learning_rate"]
+    assert not {"lora_type", "lycoris_config", "init_lokr_norm", "base_model_precision"} & back.keys()
+
+
 def test_corrections_help_and_the_way_back():
     answers = ["b", "?", "nano", "nowhere", "?", "'pictures/'", "3", "b", "parquet", "3", "a photo of Rex, a brown dog",
-               "", "lokr", "full", "big", "64,32", "b", "", "20 epochs", "", "wandbb,x", "wandb", "", "y"]  # fmt: skip
+               "", "lokr", "b", "lora", "full", "big", "64,32", "b", "", "20 epochs", "", "wandbb,x", "wandb", "",
+               "y"]  # fmt: skip
     said = run(*answers).text
     for part in (
         "This is the first question.", "Larger models draw better", "does not exist", "Nothing in the folder is ever",
-        "must be one of textfile", "LoKr comes in a later version",
+        "must be one of textfile", "LoKr on 60 layers (48 in Attention, 12 in GLUMBConv)", "must be one of full, lokr",
         "whole number of px", "there is no tracker 'wandbb'; did you mean wandb?",
     ):  # fmt: skip
         assert part in said, part
@@ -254,13 +296,14 @@ def test_all_that_is_missing_is_told_at_once(capsys):
 @pytest.mark.parametrize(
     "flags, told",
     [
-        (["--adapter", "lokr"], "--adapter: LoKr comes in a later version"),
+        (["--adapter", "lora"], "--adapter: must be one of full, lokr"),
+        (["--model", SANA, "--vram", "6", "--adapter", "full"], "--adapter: full-rank training"),
         (["--resolution", "big"], "--resolution: a resolution is a whole number"),
         (["--steps", "-3"], "--steps: a length is"),
         (["--vram", "lots"], "--vram: the memory of a GPU is"),
         (["--captions", "parquet"], "--captions: must be one of"),
         (["--tracking", "mlflow"], "--tracking: must be one of"),
-        (["--model", SANA, "--vram", "8"], "--vram: full-rank training"),
+        (["--model", SANA, "--vram", "1"], "--vram: a LoKr on"),
         (["--model", SANA, "--vram", "cpu"], "--vram: a CPU would take months"),
     ],
 )

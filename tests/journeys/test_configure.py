@@ -48,3 +48,15 @@ def test_what_configure_writes_trains_and_goes_on(tmp_path, capsys):
         assert exit_code(["train", "--config", CONFIG, "--validation_num_inference_steps", "2"]) == 0
     assert [line["step"] for line in metrics_of(output)] == [1, 2, 3, 4, 5]
     assert load(Path(CONFIG), {}, {}).config.train.max_train_steps == 5
+
+
+def test_what_configure_writes_for_a_lokr_trains(tmp_path, capsys):
+    flags = ["--model", "nano", "--adapter", "lokr", "--images", "holiday", "--resolution", "32", "--steps", "2"]
+    assert exit_code(["configure", "--yes", *flags, "--config", CONFIG]) == 0
+    said = capsys.readouterr().out
+    assert "LoKr on 60 layers" in said and "ok: nothing is wrong" in said
+    with one_thread():
+        assert exit_code(["train", "--config", CONFIG, "--validation_disable", "true"]) == 0, capsys.readouterr()
+    output = tmp_path / "output" / "holiday"
+    assert [line["step"] for line in metrics_of(output)] == [1, 2]
+    assert (output / "adapter" / "pytorch_lora_weights.safetensors").is_file()

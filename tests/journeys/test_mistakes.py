@@ -154,7 +154,11 @@ MISTAKES: dict[str, tuple[Change, str, tuple[str, ...]]] = {
     "a flag without value before another": (nothing, "--seed --max_train_steps 3", ("seed: needs a value",)),
     "a stray word": (nothing, "tain", ("'tain' is no --key value",)),
     "unknown optimizer": (nothing, "--optimizer adamw", ("optimizer", "the nearest is optimi-adamw")),
-    "LoRA": (nothing, "--model_type lora", ("'lora' is not built yet", "use full")),
+    "LoRA": (
+        nothing, "--model_type lora --lora_type standard",
+        ("a standard LoRA does not fit Sana", "use lora_type lycoris with a LoKr"),
+    ),
+    "no file of the adapter": (nothing, "--model_type lora", ("config/lycoris_config.json", "must exist")),
     "no number of processes": (nothing, "--num_processes many", ("num_processes", "integer; found 'many'")),
     "machines that do not know each other": (
         edit(num_processes=4, num_machines=2), "--machine_rank 1", ("missing: main_process_ip, main_process_port",)

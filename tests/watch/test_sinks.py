@@ -139,6 +139,7 @@ def test_messages():
     assert (
         message_of(Finished(done, "out/pipeline")) == "Finished: 20 steps, 80 images; the pipeline is in out/pipeline"
     )
+    assert message_of(Finished(done, "o/adapter")) == "Finished: 20 steps, 80 images; the adapter is in o/adapter"
     assert message_of(Stopped(done, "SIGINT")) == "Stopped after step 20: SIGINT"
     assert message_of(stepped(1)) is None
 

@@ -107,7 +107,9 @@ def told(line: Mapping[str, Any]) -> str:
             gone = f"; removed {', '.join(map(str, line['removed']))}" if line.get("removed") else ""
             return f"Saved {line.get('path')} in {lasting(line.get('duration_s'))}{gone}"
         case "finished":
-            where = f"; the pipeline is in {line['pipeline']}" if line.get("pipeline") else ""
+            place = str(line.get("pipeline") or "")
+            what = "adapter" if place.rpartition("/")[2] == "adapter" else "pipeline"
+            where = f"; the {what} is in {place}" if place else ""
             return f"Finished: {step} steps, {count(line.get('images'))} pictures{where}"
         case "stopped":
             return f"Stopped after step {step}" + (f": {line['reason']}" if line.get("reason") else "")

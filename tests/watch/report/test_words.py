@@ -43,6 +43,8 @@ def test_numbers_and_times(said, wanted):
          "Saved checkpoint-4 in 1 s; removed checkpoint-2", "plain"),
         ({"event": "finished", "images": 36, "pipeline": "pipeline"},
          "Finished: 4 steps, 36 pictures; the pipeline is in pipeline", "good"),
+        ({"event": "finished", "images": 36, "pipeline": "adapter"},
+         "Finished: 4 steps, 36 pictures; the adapter is in adapter", "good"),
         ({"event": "stopped", "reason": "Ctrl-C"}, "Stopped after step 4: Ctrl-C", "warn"),
         ({"event": "failed", "message": "no room"}, "Failed: no room", "bad"),
         ({"event": "noticed", "severity": "error", "message": "went back"}, "went back", "bad"),
