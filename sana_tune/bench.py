@@ -366,7 +366,7 @@ def _stepper(
         transformer=model,
         optimizer=optimizer,
         schedule=Schedule("constant", config.optimizer.learning_rate, 1_000_000),
-        ema=average_of(config.ema, model) if case.ema else NoEma(),
+        ema=average_of(config.ema, model.named_parameters()) if case.ema else NoEma(),
         shift_at=lambda tokens: subject.facts.flow_shift,
         seed=0,
         max_grad_norm=config.optimizer.max_grad_norm,

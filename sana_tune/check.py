@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -200,9 +201,9 @@ def look_over(
         gather(found.problems, lambda: scorer_at_hand(config))
         model, facts = _model(config, found)
         gather(found.problems, lambda: check_drawing_sizes(config, facts, drawn))
-        gather(found.problems, lambda: check_decoder(config, facts))
+        for check in (check_decoder, check_adapter):
+            gather(found.problems, partial(check, config, facts))
         gather(found.problems, lambda: check_quantisation(config, device.result()))
-        gather(found.problems, lambda: check_adapter(config, facts))
         memory = FileMemory(output.file_memory if writable else None)
         surveyed = gather(
             found.problems, lambda: survey_of(loaded, facts, memory, stores, headers_only=True, report=report)

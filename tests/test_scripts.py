@@ -395,14 +395,20 @@ def test_a_signal_reaches_the_trainer_itself(ready):
 
 @pytest.mark.parametrize("script", ["scripts/test.sh", ".ci/run"])
 def test_the_tests_are_run_from_anywhere_with_any_flag(checkout, script):
+    executable(checkout.tools / "nproc", "#!/bin/sh\necho 16\n")
     ran = checkout.run(script, "--full", "tests/data")
-    assert ran.returncode == 0 and ran.stdout == "python -m pytest --full tests/data\n"
+    assert ran.returncode == 0 and ran.stdout == "python -m pytest -n 4 --dist loadfile --full tests/data\n"
     assert checkout.called()[-1].endswith("-e .[test]")
     assert checkout.run(script).stderr == "" and checkout.called() == []
+    for alone in (("-n", "0"), ("--pdb",), ("--gpu",)):
+        assert checkout.run(script, *alone).stdout == f"python -m pytest {' '.join(alone)}\n"
+    executable(checkout.tools / "nproc", "#!/bin/sh\necho 1\n")
+    assert checkout.run(script).stdout == "python -m pytest\n"
 
 
 def test_ci_installs_a_browser_where_it_may_and_goes_on_where_it_cannot(ready):
     wanted = "python -m pytest tests/watch\n"
+    executable(ready.tools / "nproc", "#!/bin/sh\necho 1\n")
     executable(ready.tools / "timeout", '#!/bin/sh\nshift\nexec "$@"\n')
     apt = '#!/bin/sh\necho "apt-get $*" >> "$STAND_IN_LOG"\necho noise\nexit %d\n'
     executable(ready.tools / "apt-get", apt % 0)

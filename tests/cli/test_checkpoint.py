@@ -74,12 +74,12 @@ def test_verify_reads_all_and_ends_with_1_when_anything_is_wrong(run: Path, caps
     assert "checkpoint-400: not complete" in told(capsys, *words, code=1)
     (run / "output/checkpoint-400").rmdir()
     assert told(capsys, *words).count(": ok\n") == 4
-    path = run / "output/checkpoint-200/transformer/model.safetensors"
+    path = run / "output/checkpoint-200/transformer/diffusion_pytorch_model.safetensors"
     path.write_bytes(b"weightz")
-    assert "checkpoint-200: damaged: transformer/model.safetensors" in told(capsys, *words, code=1)
+    assert "checkpoint-200: damaged: transformer/diffusion_pytorch_model.safetensors" in told(capsys, *words, code=1)
     found = json.loads(told(capsys, *words, "--json", code=1))
     assert found["ok"] is False and found["verified"] == 4 and found["incomplete"] == []
-    assert found["damaged"] == {str(run / "output/checkpoint-200"): ["transformer/model.safetensors"]}
+    assert found["damaged"] == {str(run / "output/checkpoint-200"): ["transformer/diffusion_pytorch_model.safetensors"]}
 
 
 def test_a_garbled_position_is_no_reason_to_end_the_list(run: Path, capsys: pytest.CaptureFixture[str]):

@@ -49,9 +49,9 @@ def test_of_a_checkpoints_path_the_runs_own_settings_are_taken(tmp_path: Path, m
     shutil.move(write_files(own), own / "output/config.json")
     for name in ("multidatabackend.json", "pictures"):
         shutil.rmtree(own / name) if (own / name).is_dir() else (own / name).unlink()
-    (path / "transformer/model.safetensors").write_bytes(b"weightz")
+    (path / "transformer/diffusion_pytorch_model.safetensors").write_bytes(b"weightz")
     told = said(capsys, "--checkpoint", str(path), "--output", str(tmp_path / "out"))
-    assert "damaged: transformer/model.safetensors is not as it was saved" in told
+    assert "damaged: transformer/diffusion_pytorch_model.safetensors is not as it was saved" in told
     assert not (tmp_path / "out").exists()
 
 

@@ -73,7 +73,8 @@ def test_stopped_and_resumed_it_is_the_straight_run_to_the_bit(precision: str, t
     start, end = (
         load_file(parts / f"checkpoint-{step}/pytorch_lora_weights.safetensors") for step in (last // 2, last)
     )
-    assert sum(not torch.equal(start[name], end[name]) for name in start if "alpha" not in name) == len(start) * 2 // 3
+    moved = [not torch.equal(start[name], end[name]) for name in start if "alpha" not in name]
+    assert len(moved) == 120 and sum(moved) >= 110, "a sign of a mean that is zero moves nothing"
 
 
 @pytest.fixture(scope="module")

@@ -120,7 +120,7 @@ def test_verify_names_the_damaged_file(tmp_path: Path):
     folders.verify(found)
     (path / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"weighty"[:7])
     assert folders.read(path) is not None, "the size is the same"
-    with pytest.raises(UserError, match=r"damaged: transformer/model\.safetensors is not"):
+    with pytest.raises(UserError, match=r"damaged: transformer/diffusion_pytorch_model\.safetensors is not"):
         folders.verify(found)
 
 
