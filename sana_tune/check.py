@@ -196,9 +196,9 @@ def look_over(
         checkpoint = gather(found.problems, lambda: resumed(config, output))
         loaded = gather(found.problems, lambda: shared_out(loaded, checkpoint)) or loaded
         config = loaded.config
-        gather(found.problems, lambda: check_gpus(config))
+        for look in (check_gpus, scorer_at_hand):
+            gather(found.problems, partial(look, config))
         drawn = gather(found.problems, lambda: prompts_wanted(config)) or {}
-        gather(found.problems, lambda: scorer_at_hand(config))
         model, facts = _model(config, found)
         gather(found.problems, lambda: check_drawing_sizes(config, facts, drawn))
         for check in (check_decoder, check_adapter):

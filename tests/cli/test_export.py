@@ -20,9 +20,15 @@ def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return capsys.readouterr().err
 
 
-def test_merging_and_no_folder_are_refused_together(capsys: pytest.CaptureFixture[str]):
-    told = said(capsys, "--merge")
-    assert "merging is for adapters (LoKr)" in told and "must name the folder of the pipeline" in told
+def test_without_a_folder_nothing_is_exported(capsys: pytest.CaptureFixture[str]):
+    assert "must name the folder of the pipeline" in said(capsys, "--merge")
+
+
+def test_whole_weights_are_not_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = str(write_files(tmp_path))
+    fake(tmp_path / "output", 5)
+    told = said(capsys, "--config", config, "--output", str(tmp_path / "out"), "--merge")
+    assert "--merge: merging is for adapters; this checkpoint holds whole weights" in told
 
 
 def test_what_stands_in_the_way_and_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
