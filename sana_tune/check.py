@@ -200,10 +200,7 @@ def look_over(
             gather(found.problems, partial(look, config))
         drawn = gather(found.problems, lambda: prompts_wanted(config)) or {}
         model, facts = _model(config, found)
-        gather(found.problems, lambda: check_drawing_sizes(config, facts, drawn))
-        for check in (check_decoder, check_adapter):
-            gather(found.problems, partial(check, config, facts))
-        gather(found.problems, lambda: check_quantisation(config, device.result()))
+        _fits_the_model(config, facts, drawn, device.result(), found)
         memory = FileMemory(output.file_memory if writable else None)
         surveyed = gather(
             found.problems, lambda: survey_of(loaded, facts, memory, stores, headers_only=True, report=report)
@@ -323,6 +320,16 @@ def _model(config: Config, found: _Findings) -> tuple[Model | None, ModelFacts]:
     if fetch.is_offline():
         found.warnings.append(f"offline mode is on (HF_HUB_OFFLINE): {name} cannot be downloaded with it")
     return _known_model(facts, None, bytes_), facts
+
+
+def _fits_the_model(
+    config: Config, facts: ModelFacts, drawn: Mapping[str, Prompt], device: Device | None, found: _Findings
+) -> None:
+    """Look at what the model and the device decide."""
+    gather(found.problems, lambda: check_drawing_sizes(config, facts, drawn))
+    gather(found.problems, lambda: check_decoder(config, facts))
+    gather(found.problems, lambda: check_adapter(config, facts))
+    gather(found.problems, lambda: check_quantisation(config, device))
 
 
 def _known_model(facts: ModelFacts, folder: Path | None, fetch_bytes: int) -> Model:
