@@ -139,6 +139,8 @@ with torch.no_grad():
     adapter, _ = create_lycoris_from_weights(
         {file.multiplier}, {str(wanted.output / ADAPTER.weights)!r}, pipe.transformer
     )
+for module in adapter.loras:
+    module.bypass_mode = not module.wd  # added to bf16 weights, small changes would be rounded away
 adapter.apply_to()
 pipe.transformer.add_module("lycoris", adapter)"""
     return f"""# Fine-tuned from {facts.name}

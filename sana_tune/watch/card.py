@@ -49,6 +49,8 @@ path = os.path.join(place, file) if os.path.isdir(place) else hf_hub_download(pl
 pipe = SanaPipeline.from_pretrained({base}, torch_dtype=torch.{dtype})
 with torch.no_grad():
     adapter, _ = create_lycoris_from_weights({multiplier}, path, pipe.transformer)
+for module in adapter.loras:
+    module.bypass_mode = not module.wd  # added to bf16 weights, small changes would be rounded away
 adapter.apply_to()
 adapter.to(pipe.transformer.device, pipe.transformer.dtype)
 pipe.transformer.add_module("lycoris", adapter)  # so that it moves with the model
