@@ -180,7 +180,9 @@ def parse_colour(value: Any) -> Any:
     from PIL.ImageColor import colormap  # a tenth of a second: for names alone
 
     found = colormap.get(text)
-    if isinstance(found, str):
+    if isinstance(found, tuple):  # Pillow keeps it so from the first time that the colour was drawn with
+        found = "#" + "".join(f"{part:02x}" for part in found[:3])
+    if found is not None:
         return found
     guess = nearest(text, colormap)
     hint = f" (did you mean {guess}?)" if guess else ""

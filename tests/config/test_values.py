@@ -154,3 +154,12 @@ def test_what_is_no_size_of_a_disk(text):
 
 def test_no_size_is_none():
     assert [parse_disk_size(each) for each in (None, "", "none", "None")] == [None] * 4
+
+
+def test_a_colour_that_was_drawn_with_before_keeps_its_name():
+    from PIL.ImageColor import getrgb
+
+    from sana_tune.config.values import parse_colour
+
+    getrgb("rebeccapurple")  # from here on Pillow's table holds numbers for it
+    assert parse_colour("rebeccapurple") == "#663399"

@@ -233,7 +233,7 @@ def test_split_by_fsdp2_they_train_the_same_and_go_on_whole(tmp_path: Path):
     output = two.parent / "output"
     assert worst(one.parent / "output/checkpoint-4", output / "checkpoint-4") <= MOST_SPLIT
     names = [path.name for path in (output / "validation_images").iterdir()]
-    assert Counter(name.split("_")[1] for name in names) == {"2": 4, "3": 4, "4": 4}
+    assert Counter(name.split("_")[1] for name in names) == {"2": 9, "3": 9, "4": 9}, "two prompts, and the sheet"
 
 
 # ---- killed ----
