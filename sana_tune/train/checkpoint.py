@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -105,7 +105,7 @@ class Checkpoints:
         self._judged = Judged(output_dir)
         self._accelerator: Accelerator | None = None
         self._memory: Memory | None = None
-        self._idle = idle_thread() if background else None
+        self._idle: Executor | None = None
         self._flight: _Flight | None = None
         self._failure: UserError | None = None
         self._held_step: int | None = None  # saved or restored last, whole
@@ -170,6 +170,8 @@ class Checkpoints:
         if self.background and self._is_main:
             self._memory = self._memory or Memory(pinned=parts.accelerator.device.type == "cuda")
             taken, fill = copied(flight.snapshot, self._memory)
+            if parts.accelerator.device.type == "cpu":  # a GPU's training leaves the cores to the writer
+                self._idle = self._idle or idle_thread()
             flight = replace(flight, snapshot=taken, fill=fill, terms=Terms(self._idle))
         self._begin(flight)
         if self._flight is not None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
@@ -23,6 +24,8 @@ from sana_tune.train.snapshot import Snapshot
 
 OPTIMIZER = "optimizer.pt"
 CHUNK_BYTES = 2**20  # after each it is seen whether the write is still wanted, and in a hurry
+REST = 4.0  # times as long as a piece took
+LONGEST_REST_S = 1.0
 
 # https://github.com/huggingface/safetensors#format
 _DTYPES = {
@@ -39,8 +42,8 @@ class Abandoned(Exception):
 class Terms:
     """How a write goes on. abandoned: once it is set, nothing more is written.
 
-    idle: a thread that works only while the cores have nothing else to do; hurry: somebody waits for the write, so that
-    it is done at once instead.
+    idle: a thread that works only while the cores have nothing else to do, and then rests, since memory and disk are
+    shared too; hurry: somebody waits for the write, so that it is done at once instead.
     """
 
     idle: Executor | None = None
@@ -51,8 +54,10 @@ class Terms:
         """Do a piece of work."""
         if self.idle is None or self.hurry.is_set():
             work()
-        else:
-            self.idle.submit(work).result()
+            return
+        started = time.perf_counter()
+        self.idle.submit(work).result()
+        self.hurry.wait(min(LONGEST_REST_S, REST * (time.perf_counter() - started)))
 
 
 def idle_thread() -> ThreadPoolExecutor:
