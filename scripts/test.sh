@@ -16,5 +16,5 @@ for argument in "$@"; do
         -n | -n* | --numprocesses* | --pdb | --gpu) workers="" ;;
     esac
 done
-[ "${workers:-1}" = 1 ] || set -- -n "$workers" --dist loadfile "$@"
+[ "${workers:-1}" = 1 ] || set -- -n "$workers" --dist loadfile --no-loadscope-reorder "$@"
 exec "$bin/python" -m pytest "$@"

@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(home.cleanup)
     for name in STEERING:
         os.environ.pop(name, None)
-    threads = str(min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+    threads = str(_threads())
     os.environ.update(
         PYTHONPATH=os.pathsep.join(filter(None, (str(OFFLINE), os.environ.get("PYTHONPATH")))),
         HF_HOME=f"{home.name}/huggingface",
@@ -66,6 +66,13 @@ def pytest_configure(config: pytest.Config) -> None:
     import sitecustomize
 
     sitecustomize.block()
+
+
+def _threads() -> int:
+    """Of OpenMP, for this process and those that it starts: the cores, shared among the workers that test beside it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    beside = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    return max(1, min(4, cores // beside))
 
 
 @pytest.fixture(scope="session")
