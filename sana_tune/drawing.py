@@ -18,6 +18,7 @@ from sana_tune.model.facts import ModelFacts
 from sana_tune.prepare import Prepared, drawing_sizes
 from sana_tune.progress import Progress
 from sana_tune.train.crew import ALONE, Crew
+from sana_tune.watch.snippets import Sample
 
 if TYPE_CHECKING:
     import numpy as np
@@ -265,7 +266,7 @@ def pairs_of(prepared: Prepared, caches: Caches, painter: Painter) -> Iterator[P
         yield latent.float(), picture
 
 
-def snippet_of(prepared: Prepared) -> dict[str, Any]:
+def sample_of(prepared: Prepared, dtype: str) -> Sample:
     """What the exported pipeline's snippet draws: the run's first prompt, as the run draws it."""
     from sana_tune.prompts import Prompt
 
@@ -274,14 +275,8 @@ def snippet_of(prepared: Prepared) -> dict[str, Any]:
     nothing = Prompt("", "a photo", steps=steps, guidance=guidance)
     first = next(iter(prepared.drawn.values()), nothing)
     width, height = (first.sizes or sizes)[0]
-    return {
-        "prompt": first.text,
-        "width": width,
-        "height": height,
-        "steps": first.steps,
-        "guidance": first.guidance,
-        "seed": drawing_seed(prepared.config) if first.seed is None else first.seed,
-    }
+    seed = drawing_seed(prepared.config) if first.seed is None else first.seed
+    return Sample(first.text, width, height, first.steps, first.guidance, seed, dtype)
 
 
 # ---- precision ----

@@ -17,6 +17,7 @@ from sana_tune.offline import checkpoint_of, listening, stored_dtype
 from sana_tune.output import Output
 from sana_tune.prepare import check_library, drawing_sizes, located
 from sana_tune.train.folders import PROGRESS, Checkpoint, damage
+from sana_tune.watch.snippets import Sample
 
 
 @dataclass(frozen=True)
@@ -123,46 +124,28 @@ def merged_state(config: Config, path: Path, folder: Path) -> dict[str, Any]:
 
 def readme(config: Config, wanted: Wanted, checkpoint: Checkpoint, facts: ModelFacts) -> str:
     """Text of the README: what it is, and a snippet that draws."""
-    progress, validation = checkpoint.progress(), config.validation
+    progress = checkpoint.progress()
     width, height = drawing_sizes(config, facts)[0]
     kind = "the moving average of the weights (EMA)" if wanted.ema else "the weights"
     dtype = "float32" if wanted.ema or stored_dtype(checkpoint) == "fp32" else "bfloat16"
-    made, more, load = "A full-rank fine-tune", "", f"pipe = SanaPipeline.from_pretrained({str(wanted.output)!r}, "
-    load += f"torch_dtype=torch.{dtype})"
-    if checkpoint.layout is ADAPTER:
-        made = "An adapter, merged into the weights," if wanted.merge else "A LyCORIS adapter"
-    if checkpoint.layout is ADAPTER and not wanted.merge:
+    validation = config.validation
+    sample = Sample(
+        validation.validation_prompt or "a photo", width, height, validation.validation_num_inference_steps,
+        validation.validation_guidance, drawing_seed(config), dtype,
+    )  # fmt: skip
+    made, snippet = "A full-rank fine-tune", sample.of_pipeline(str(wanted.output))
+    if checkpoint.layout is ADAPTER and wanted.merge:
+        made = "An adapter, merged into the weights,"
+    elif checkpoint.layout is ADAPTER:
         file = read_lycoris(str(checkpoint.path / ADAPTER.config))
-        more = "\nfrom lycoris import create_lycoris_from_weights  # pip install lycoris-lora"
-        load = f"""pipe = SanaPipeline.from_pretrained({facts.name!r}, torch_dtype=torch.{dtype})
-with torch.no_grad():
-    adapter, _ = create_lycoris_from_weights(
-        {file.multiplier}, {str(wanted.output / ADAPTER.weights)!r}, pipe.transformer
-    )
-for module in adapter.loras:
-    module.bypass_mode = not module.wd  # added to bf16 weights, small changes would be rounded away
-adapter.apply_to()
-pipe.transformer.add_module("lycoris", adapter)"""
+        made = "A LyCORIS adapter"
+        snippet = sample.of_adapter(str(wanted.output), ADAPTER.weights, facts.name, file.multiplier)
     return f"""# Fine-tuned from {facts.name}
 
 {made} of Sana, made with sana_tune: {kind} after {progress.step} steps, {progress.epoch:.4g} epochs and
 {progress.images} images.
 
-```python
-import torch
-from diffusers import SanaPipeline{more}
-
-{load}
-pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-image = pipe(
-    {(validation.validation_prompt or "a photo")!r},
-    height={height}, width={width}, num_inference_steps={validation.validation_num_inference_steps}, \
-guidance_scale={validation.validation_guidance},
-    generator=torch.Generator("cpu").manual_seed({drawing_seed(config)}),
-    use_resolution_binning=False,  # draw exactly this size
-).images[0]
-image.save("picture.png")
-```
+{snippet}
 
 ## Licence
 

@@ -18,7 +18,7 @@ from sana_tune.check import settings_changed
 from sana_tune.config.schema import SECTIONS, Config
 from sana_tune.config.secrets import MASK, masked
 from sana_tune.data.survey import DatasetLedger
-from sana_tune.drawing import snippet_of
+from sana_tune.drawing import sample_of
 from sana_tune.model import fetch
 from sana_tune.model.facts import NANO_LICENCE, WEIGHTS_LICENCE, ModelFacts
 from sana_tune.prepare import Prepared, adapter_file
@@ -150,7 +150,7 @@ def about(prepared: Prepared, dtype: str) -> About:
         model=Path(facts.name).name if is_folder else facts.name,
         base_model=None if is_folder else facts.name,
         licence=licence_of(facts, is_folder=is_folder),
-        sample={**snippet_of(prepared), "dtype": dtype},
+        sample=sample_of(prepared, dtype),
         settings=published_settings(prepared),
         datasets=[dataset_line(part) for part in prepared.survey.ledger.datasets],
         note=config.watch.model_card_note,

@@ -14,56 +14,13 @@ from typing import Any
 
 from sana_tune.config.lycoris import ADAPTER
 from sana_tune.watch.events import Event, Measured, Validated
+from sana_tune.watch.snippets import Sample
 
 _ALGORITHMS = {"lokr": "LoKr", "loha": "LoHa", "locon": "LoRA (LoCon)"}
 IMAGES = "images"  # folder of the gallery beside README.md
 MOST_PICTURES = 12
 GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
 GEMMA_POLICY = "https://ai.google.dev/gemma/prohibited_use_policy"
-
-PIPELINE_SNIPPET = """```python
-import torch
-from diffusers import SanaPipeline
-
-pipe = SanaPipeline.from_pretrained({place}, torch_dtype=torch.{dtype})
-{draw}```"""
-CHECKPOINT_SNIPPET = """```python
-import torch
-from diffusers import SanaPipeline, SanaTransformer2DModel
-
-transformer = SanaTransformer2DModel.from_pretrained(
-    {place}, subfolder={subfolder}, torch_dtype=torch.{dtype}
-)
-pipe = SanaPipeline.from_pretrained({base}, transformer=transformer, torch_dtype=torch.{dtype})
-{draw}```"""
-ADAPTER_SNIPPET = """```python
-import os
-
-import torch
-from diffusers import SanaPipeline
-from huggingface_hub import hf_hub_download
-from lycoris import create_lycoris_from_weights  # pip install lycoris-lora
-
-place, file = {place}, {file}
-path = os.path.join(place, file) if os.path.isdir(place) else hf_hub_download(place, file)
-pipe = SanaPipeline.from_pretrained({base}, torch_dtype=torch.{dtype})
-with torch.no_grad():
-    adapter, _ = create_lycoris_from_weights({multiplier}, path, pipe.transformer)
-for module in adapter.loras:
-    module.bypass_mode = not module.wd  # added to bf16 weights, small changes would be rounded away
-adapter.apply_to()
-adapter.to(pipe.transformer.device, pipe.transformer.dtype)
-pipe.transformer.add_module("lycoris", adapter)  # so that it moves with the model
-{draw}```"""
-_DRAW = """pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-image = pipe(
-    {prompt!r},
-    height={height}, width={width}, num_inference_steps={steps}, guidance_scale={guidance},
-    generator=torch.Generator("cpu").manual_seed({seed}),
-    use_resolution_binning=False,  # draw exactly this size
-).images[0]
-image.save("picture.png")
-"""
 
 
 @dataclass(frozen=True)
@@ -87,7 +44,7 @@ class About:
     """What a card says that is the same all through a run.
 
     model: what it was trained from, as people call it; base_model: its id on the hub, None for a folder.
-    sample: prompt, width, height, steps, guidance, seed, dtype of the snippet. settings: name → value, without secrets
+    sample: what the snippet draws. settings: name → value, without secrets
     and paths. adapter: its algorithm, such as lokr; "" = whole weights. multiplier: it was trained with. datasets: a
     line each. note: the user's own words. safe: whether all audiences may see what it draws.
     """
@@ -95,7 +52,7 @@ class About:
     title: str
     model: str
     licence: Licence
-    sample: Mapping[str, Any]
+    sample: Sample
     settings: Mapping[str, Any] = field(default_factory=dict)
     datasets: Sequence[str] = ()
     base_model: str | None = None
@@ -195,19 +152,13 @@ def _model_link(about: About) -> str:
 
 
 def _snippet(about: About, place: str, checkpoint: str | None) -> str:
-    draw = _DRAW.format(**about.sample)
-    quoted, dtype = json.dumps(place, ensure_ascii=False), about.sample["dtype"]
+    base = about.base_model or about.model
     if about.adapter:
-        base, file = json.dumps(about.base_model or about.model, ensure_ascii=False), ADAPTER.weights
-        file = json.dumps(f"{checkpoint}/{file}" if checkpoint else file)
-        return ADAPTER_SNIPPET.format(
-            place=quoted, file=file, base=base, dtype=dtype, draw=draw, multiplier=about.multiplier
-        )
+        file = f"{checkpoint}/{ADAPTER.weights}" if checkpoint else ADAPTER.weights
+        return about.sample.of_adapter(place, file, base, about.multiplier)
     if checkpoint is None:
-        return PIPELINE_SNIPPET.format(place=quoted, dtype=dtype, draw=draw)
-    base = json.dumps(about.base_model or about.model, ensure_ascii=False)
-    subfolder = json.dumps(f"{checkpoint}/transformer")
-    return CHECKPOINT_SNIPPET.format(place=quoted, subfolder=subfolder, base=base, dtype=dtype, draw=draw)
+        return about.sample.of_pipeline(place)
+    return about.sample.of_checkpoint(place, f"{checkpoint}/transformer", base)
 
 
 def _ema(about: About, checkpoint: str | None) -> str:
