@@ -233,10 +233,6 @@ def check_adapter(config: Config, facts: ModelFacts | None) -> None:
     for key in ("init_lora", "init_lora_ema"):
         if (path := vars(wanted)[key]) and not Path(path).is_file():
             problems.append(Problem(key, f"there is no file {path}", "name an adapter's .safetensors file"))
-    launch = config.launch
-    if launch.processes > 1 and is_sharded(launch.accelerate_config, split(launch.accelerate_extra_args or "")):
-        what = "FSDP splits the weights over the processes, and adapters are put on whole ones"
-        problems.append(Problem("model_type lora", what, "train without FSDP: an adapter's states are small"))
     if problems:
         raise UserError(*problems)
 
@@ -305,14 +301,9 @@ def has_bf16_parts(config: Config) -> bool:
 
 def check_quantisation(config: Config, device: Device | None) -> None:
     """Raise UserError when weights cannot be quantised here as asked."""
-    model, launch, kind = config.model, config.launch, None if device is None else device.kind
+    model, kind = config.model, None if device is None else device.kind
     asked = {key: vars(model)[key] for key in ("base_model_precision", "text_encoder_1_precision")}
     problems = [problem for key, value in asked.items() if (problem := cannot(key, value, kind))]
-    several = model.base_model_precision != "no_change" and launch.processes > 1
-    if several and is_sharded(launch.accelerate_config, split(launch.accelerate_extra_args or "")):
-        what = "FSDP splits weights over the processes, and quantised ones cannot be split"
-        fix = "train without FSDP: each process then holds the quantised base, which is small"
-        problems.append(Problem("base_model_precision", what, fix))
     if problems:
         raise UserError(*problems)
 

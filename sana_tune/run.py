@@ -547,9 +547,6 @@ def transformer_and_optimizer(prepared: Prepared, device: torch.device) -> tuple
     if precision(prepared.loaded) == "fp16":
         keep_captions_fp32(transformer)
     if wants_shards() and config.launch.processes > 1:
-        if config.rollout.scheduled_sampling_max_step_offset:
-            what = "rollouts need the whole model in every process, and FSDP splits it: their lengths differ by process"
-            raise UserError(Problem("scheduled_sampling_max_step_offset", what, "set it to 0, or train without FSDP"))
         shard(transformer, device, config.launch.processes)
     return transformer, optimizer_of(config, transformer, device, bf16=weights_dtype(config) == "bf16")
 

@@ -54,25 +54,53 @@ def release_needs_one_process(config: Config) -> Problem | None:
     return Problem("optimizer_release_gradients", what, "train with one process, or switch it off")
 
 
-def sharding_is_possible(config: Config) -> Problem | None:
-    """FSDP2 splits every tensor by rows: an optimizer that works on blocks of a tensor, or looks at it whole, and what
-    is compiled for whole tensors, have no place there."""
+def _splits(config: Config) -> bool:
+    """Whether FSDP2 is to split the model over processes."""
     wanted = config.launch
-    if (wanted.num_processes or 1) == 1:
+    return wanted.processes > 1 and is_sharded(wanted.accelerate_config, split(wanted.accelerate_extra_args or ""))
+
+
+def optimizer_can_be_split(config: Config) -> Problem | None:
+    """FSDP2 splits every tensor by rows: an optimizer that works on blocks or on whole ones cannot be."""
+    name = config.optimizer.optimizer
+    if name.startswith(SHARDABLE) or not _splits(config):
         return None
-    if not is_sharded(wanted.accelerate_config, split(wanted.accelerate_extra_args or "")):
+    what = f"FSDP2 splits every tensor, which {name} cannot work with"
+    return Problem("optimizer", what, "use optimi-adamw or torch-adamw, or train without FSDP")
+
+
+def weights_can_be_split(config: Config) -> Problem | None:
+    """Split weights are fp32: their share is small enough. An adapter's base, quantised or not, is whole."""
+    model = config.model
+    if not _splits(config):
         return None
-    name, model = config.optimizer.optimizer, config.model
-    if not name.startswith(SHARDABLE):
-        what = f"FSDP2 splits every tensor, which {name} cannot work with"
-        return Problem("optimizer", what, "use optimi-adamw or torch-adamw, or train without FSDP")
+    if model.model_type == "lora":
+        what = "FSDP splits the weights over the processes, and adapters are put on whole ones; found model_type lora"
+        return Problem("model_type", what, "train without FSDP: an adapter's states are small")
     if model.weights_dtype == "bf16":
         what = "FSDP2 is for fp32 weights here: it splits them, so that they take little room; found bf16"
         return Problem("weights_dtype", what, "use weights_dtype fp32, or train without FSDP")
-    if model.dynamo_backend != "no":
-        what = f"blocks that FSDP2 splits are not compiled here; found {model.dynamo_backend}"
-        return Problem("dynamo_backend", what, "use dynamo_backend no, or train without FSDP")
     return None
+
+
+def compiled_blocks_are_whole(config: Config) -> Problem | None:
+    """What is compiled for whole tensors has no place in a split model."""
+    asked = config.model.dynamo_backend
+    if asked == "no" or not _splits(config):
+        return None
+    what = f"blocks that FSDP2 splits are not compiled here; found {asked}"
+    return Problem("dynamo_backend", what, "use dynamo_backend no, or train without FSDP")
+
+
+def rollouts_have_the_whole_model(config: Config) -> Problem | None:
+    """Rollouts differ in length by process, so that forwards of a split model would wait for each other."""
+    offset = config.rollout.scheduled_sampling_max_step_offset
+    if not offset or not _splits(config):
+        return None
+    what = (
+        f"rollouts need the whole model in every process, and FSDP splits it: lengths differ by process; found {offset}"
+    )
+    return Problem("scheduled_sampling_max_step_offset", what, "set it to 0, or train without FSDP")
 
 
 SHARDABLE = ("optimi-adamw", "torch-adamw", "torch-adam")
@@ -82,5 +110,8 @@ LAUNCH_RULES: tuple[Callable[[Config], Problem | None], ...] = (
     machine_is_one_of_them,
     machines_share_processes,
     release_needs_one_process,
-    sharding_is_possible,
+    optimizer_can_be_split,
+    weights_can_be_split,
+    compiled_blocks_are_whole,
+    rollouts_have_the_whole_model,
 )

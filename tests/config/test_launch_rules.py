@@ -37,6 +37,17 @@ def test_what_does_not_go_together(tmp_path: Path, settings: dict[str, Any], tol
         ({"optimizer": "bnb-adamw8bit"}, "which bnb-adamw8bit cannot work with"),
         ({"weights_dtype": "bf16"}, "FSDP2 is for fp32 weights here"),
         ({"dynamo_backend": "inductor"}, "blocks that FSDP2 splits are not compiled here; found inductor"),
+        ({"model_type": "lora", "lora_type": "lycoris"}, "adapters are put on whole ones; found model_type lora"),
+        (
+            {
+                "model_type": "lora",
+                "lora_type": "lycoris",
+                "base_model_precision": "nf4-bnb",
+                "optimizer": "optimi-lion",
+            },
+            "which optimi-lion cannot work with(.|\n)*model_type: FSDP splits",
+        ),
+        ({"scheduled_sampling_max_step_offset": 4}, "rollouts.*need the whole model.*found 4"),
         ({}, None),
         ({"num_processes": 1, "optimizer": "bnb-adamw8bit"}, None),
     ],
@@ -54,4 +65,4 @@ def test_what_cannot_be_split(tmp_path: Path, settings: dict[str, Any], told: st
 
 def test_one_process_breaks_no_rule(tmp_path: Path):
     config = load(write_files(tmp_path, {"num_machines": 1}), {}, {}).config
-    assert len(LAUNCH_RULES) == 5 and [rule(config) for rule in LAUNCH_RULES] == [None] * 5
+    assert len(LAUNCH_RULES) == 8 and [rule(config) for rule in LAUNCH_RULES] == [None] * 8
