@@ -57,9 +57,9 @@ from sana_tune.prepare import (
 from sana_tune.progress import Progress
 from sana_tune.publish import comment_of, listeners, pipeline_card, repository_of
 from sana_tune.ranks import Rank, own_rank, wants_shards
+from sana_tune.rehearsing import out_of_memory, rehearsal_of
 from sana_tune.reporting import keepers, show_first_batches, write_down_surroundings
 from sana_tune.roles import is_regularised, learns_from_base, windows
-from sana_tune.room import out_of_memory, rehearsal_of
 from sana_tune.train.crew import ALONE, Crew
 from sana_tune.train.room import Room
 from sana_tune.train.signals import LeaveNow, Stop

@@ -77,26 +77,14 @@ def _ours(config: dict[str, Any], latents: Any, text: Any, mask: Any) -> Callabl
     from sana_tune.data.records import Role
     from sana_tune.model.attention import install
     from sana_tune.progress import Progress
-    from sana_tune.schedule import Schedule
     from sana_tune.train.adapt import Adapter
-    from sana_tune.train.device import make_accelerator
-    from sana_tune.train.ema import NoEma
-    from sana_tune.train.optim import build_optimizer, parameter_groups
-    from sana_tune.train.step import Parts, train_step
+    from sana_tune.train.step import train_step
+    from scripts.benchmark_engine import parts_of
 
     model = _model(config)
     install(model)
     adapter = Adapter(model, lycoris_of(FILE, "FILE"))
-    parts = Parts(
-        accelerator=make_accelerator("cpu", "no"),
-        transformer=model,
-        optimizer=build_optimizer("optimi-adamw", parameter_groups(model.named_parameters()), 1e-4),
-        schedule=Schedule("constant", 1e-4, 10_000),
-        ema=NoEma(),
-        shift_at=lambda tokens: 3.0,
-        seed=0,
-        adapter=adapter,
-    )
+    parts = parts_of(model, adapter, "cpu")
     batch = Batch(latents, text, mask, None, Role.TRAIN, tuple(map(str, range(len(latents)))))
     where = MicroBatch(0, 0, 0, tuple(range(len(latents))))
     state = [Progress()]
@@ -127,7 +115,7 @@ def _bare(config: dict[str, Any], latents: Any, text: Any, mask: Any) -> Callabl
     network.apply_to()
     network.train().requires_grad_(True)
     trained = list(network.parameters())
-    optimizer = optimi.AdamW(trained, 1e-4, betas=(0.9, 0.99), eps=1e-6)
+    optimizer = optimi.AdamW(trained, 1e-5, betas=(0.9, 0.99), eps=1e-6)
 
     def step() -> None:
         noise = torch.randn_like(latents)

@@ -505,6 +505,26 @@ def delays(parts: Any, sample: Any, folder: Path, rounds: int) -> list[Delay]:
     return found
 
 
+def parts_of(model: Any, adapter: Any = None, device: str = "auto") -> Any:
+    """All that a step needs around a model. adapter: it is trained, in place of the model's weights."""
+    from sana_tune.schedule import Schedule
+    from sana_tune.train.device import make_accelerator
+    from sana_tune.train.ema import NoEma
+    from sana_tune.train.optim import build_optimizer, parameter_groups
+    from sana_tune.train.step import Parts
+
+    return Parts(
+        accelerator=make_accelerator(device, "no"),
+        transformer=model,
+        optimizer=build_optimizer("optimi-adamw", parameter_groups(model.named_parameters()), 1e-5),
+        schedule=Schedule("constant", 1e-5, 10_000),
+        ema=NoEma(),
+        shift_at=lambda tokens: 3.0,
+        seed=0,
+        adapter=adapter,
+    )
+
+
 def saving_parts() -> tuple[Any, Any]:
     """A model of 30 M parameters with all around it that a step needs, and a micro-batch of one picture."""
     import torch
@@ -513,23 +533,10 @@ def saving_parts() -> tuple[Any, Any]:
     from sana_tune.data.batch import Batch
     from sana_tune.data.order import MicroBatch
     from sana_tune.data.records import Role
-    from sana_tune.schedule import Schedule
-    from sana_tune.train.device import make_accelerator
-    from sana_tune.train.ema import NoEma
-    from sana_tune.train.optim import build_optimizer, parameter_groups
-    from sana_tune.train.step import Parts
 
     torch.manual_seed(0)
     model = SanaTransformer2DModel(**MIDDLE, in_channels=32, out_channels=32, caption_channels=256)
-    parts = Parts(
-        accelerator=make_accelerator("auto", "no"),
-        transformer=model,
-        optimizer=build_optimizer("optimi-adamw", parameter_groups(model.named_parameters()), 1e-5),
-        schedule=Schedule("constant", 1e-5, 1000),
-        ema=NoEma(),
-        shift_at=lambda tokens: 3.0,
-        seed=0,
-    )
+    parts = parts_of(model)
     model.to(parts.accelerator.device)
     text, mask = torch.randn(1, 40, 256), torch.ones(1, 40, dtype=torch.int64)
     batch = Batch(torch.randn(1, 32, 16, 16), text, mask, None, Role.TRAIN, ("one",))

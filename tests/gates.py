@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("check",),
     ("caching",),
     ("drawing",),
-    ("room",),
+    ("rehearsing",),
     ("inventory", "offline", "measuring", "reporting"),
     ("publish",),
     ("exporting",),

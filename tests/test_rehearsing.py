@@ -13,7 +13,7 @@ from sana_tune.data.records import Role
 from sana_tune.memory import Load
 from sana_tune.output import Output
 from sana_tune.prepare import Prepared, prepare
-from sana_tune.room import largest_loads, longest_text
+from sana_tune.rehearsing import largest_loads, longest_text
 from sana_tune.run import run
 from tests.journeys.kit import differences, metrics_of, one_thread, pictures, pipeline_of, small_run, state_of
 

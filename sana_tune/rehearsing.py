@@ -1,4 +1,4 @@
-"""Whether a run has room: its heaviest moments rehearsed before step 1, and what is told when memory runs out."""
+"""A run's heaviest moments, rehearsed before step 1, and what is told when memory runs out."""
 
 from __future__ import annotations
 
