@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -35,7 +35,7 @@ from sana_tune.train.sharding import put
 from sana_tune.train.snapshot import Memory, Snapshot, copied, snapshot
 from sana_tune.train.states import load_full_state, names_of
 from sana_tune.train.step import Parts, summed
-from sana_tune.train.writing import OPTIMIZER, Terms, Writing, idle_thread
+from sana_tune.train.writing import OPTIMIZER, Terms, Writing
 from sana_tune.watch.background import attempt
 from sana_tune.watch.events import Event, Noticed, Saved
 
@@ -105,7 +105,6 @@ class Checkpoints:
         self._judged = Judged(output_dir)
         self._accelerator: Accelerator | None = None
         self._memory: Memory | None = None
-        self._idle: Executor | None = None
         self._flight: _Flight | None = None
         self._failure: UserError | None = None
         self._held_step: int | None = None  # saved or restored last, whole
@@ -170,9 +169,8 @@ class Checkpoints:
         if self.background and self._is_main:
             self._memory = self._memory or Memory(pinned=parts.accelerator.device.type == "cuda")
             taken, fill = copied(flight.snapshot, self._memory)
-            if parts.accelerator.device.type == "cpu":  # a GPU's training leaves the cores to the writer
-                self._idle = self._idle or idle_thread()
-            flight = replace(flight, snapshot=taken, fill=fill, terms=Terms(self._idle))
+            shares = parts.accelerator.device.type == "cpu"  # a GPU's training leaves the cores to the writer
+            flight = replace(flight, snapshot=taken, fill=fill, terms=Terms(rests=shares))
         self._begin(flight)
         if self._flight is not None:
             parts.fence.raise_until(flight.copied)

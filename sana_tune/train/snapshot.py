@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 PAGE_BYTES = 2**26
 _ALIGNMENT = 64
-_ALONE = 2**15 - 1  # elements; from one more on torch copies with several threads (GRAIN_SIZE of TensorIterator)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Memory:
             self._pages.append(self._new(max(size, PAGE_BYTES)))
         piece = self._pages[self._page].numpy()[self._used : self._used + size]
         self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
-        strides = torch.empty_like(like, device="meta").stride()
+        strides = like.stride() if like.is_contiguous() else torch.empty_like(like, device="meta").stride()
         return torch.from_numpy(piece).view(like.dtype).as_strided(like.shape, strides)
 
     def _new(self, size: int) -> Tensor:
@@ -133,25 +133,25 @@ def _filling(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Callable[[
                 for source, target in zip(sources, targets, strict=True):
                     if source.device == device:
                         target.copy_(source, non_blocking=True)
-        pairs = [pair for pair in zip(sources, targets, strict=True) if not pair[0].is_cuda]
-        if pairs:  # in one go: Python's lock is not asked for between two tensors
-            pieces = [piece for pair in pairs for piece in _pieces(*pair)]
-            torch._foreach_copy_([target for _, target in pieces], [source for source, _ in pieces])
+        for source, target in zip(sources, targets, strict=True):
+            if not source.is_cuda:
+                _copy(source, target)
         for stream in streams.values():
             stream.synchronize()
 
     return fill
 
 
-def _pieces(source: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views so small that torch copies each in the calling thread alone.
+def _copy(source: Tensor, target: Tensor) -> None:
+    """In main memory, by the calling thread alone: torch's own team would have those that train wait for it."""
+    if source.is_contiguous() and target.is_contiguous():
+        np.copyto(_bytes(target), _bytes(source))
+    else:
+        target.copy_(source)
 
-    A team of its own threads beside those that train would have all of them wait for each other.
-    """
-    if not (source.is_contiguous() and target.is_contiguous()):
-        yield source, target
-        return
-    yield from zip(source.view(-1).split(_ALONE), target.view(-1).split(_ALONE), strict=True)
+
+def _bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return tensor.view(-1).view(torch.uint8).numpy()
 
 
 def _replaced(value: Any, place: Callable[[Tensor], Tensor]) -> Any:

@@ -8,8 +8,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +23,7 @@ from sana_tune.train.snapshot import Snapshot
 OPTIMIZER = "optimizer.pt"
 CHUNK_BYTES = 2**20  # after each it is seen whether the write is still wanted, and in a hurry
 REST = 4.0  # times as long as a piece took
-LONGEST_REST_S = 1.0
+LONGEST_REST_S = 0.1
 
 # https://github.com/huggingface/safetensors#format
 _DTYPES = {
@@ -42,37 +40,21 @@ class Abandoned(Exception):
 class Terms:
     """How a write goes on. abandoned: once it is set, nothing more is written.
 
-    idle: a thread that works only while the cores have nothing else to do, and then rests, since memory and disk are
-    shared too; hurry: somebody waits for the write, so that it is done at once instead.
+    rests: after each piece, since training wants the same cores, memory and disk. hurry: somebody waits for the write,
+    so that it rests no more. A thread of low priority would not do: where other programs have the cores it would be put
+    off while it holds Python's lock, and training with it.
     """
 
-    idle: Executor | None = None
+    rests: bool = False
     abandoned: threading.Event = field(default_factory=threading.Event)
     hurry: threading.Event = field(default_factory=threading.Event)
 
     def do(self, work: Callable[[], None]) -> None:
         """Do a piece of work."""
-        if self.idle is None or self.hurry.is_set():
-            work()
-            return
         started = time.perf_counter()
-        self.idle.submit(work).result()
-        self.hurry.wait(min(LONGEST_REST_S, REST * (time.perf_counter() - started)))
-
-
-def idle_thread() -> ThreadPoolExecutor:
-    """A thread that gives way to every other on this machine. It runs where a core would be idle."""
-    return ThreadPoolExecutor(1, "checkpoint, idle", initializer=_give_way)
-
-
-def _give_way() -> None:
-    """Let the calling thread run only when nothing else wants its core (Linux; elsewhere nothing happens).
-
-    Training's threads wait for each other many times a step: one that has to share its core holds up all of them.
-    """
-    if hasattr(os, "sched_setscheduler"):
-        with suppress(OSError):  # a container may forbid it
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        work()
+        if self.rests and not self.hurry.is_set():
+            self.hurry.wait(min(LONGEST_REST_S, REST * (time.perf_counter() - started)))
 
 
 class HashedFile:

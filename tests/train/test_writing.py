@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import resource
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sana_tune.train.writing import CHUNK_BYTES, Abandoned, HashedFile, Terms, idle_thread, write_tensors
+from sana_tune.train.writing import CHUNK_BYTES, LONGEST_REST_S, Abandoned, HashedFile, Terms, write_tensors
 
 
 def test_what_is_written_is_hashed(tmp_path: Path):
@@ -72,18 +72,24 @@ def test_given_up_it_writes_no_more(tmp_path: Path):
     assert (tmp_path / "f").read_bytes() == b"begun"
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="Linux alone has such threads")
-def test_the_work_is_done_by_a_thread_that_gives_way_unless_it_is_waited_for(tmp_path: Path):
-    with idle_thread() as idle:
-        for hurry in (False, True):
-            terms, policies = Terms(idle), list[int]()
-            if hurry:
-                terms.hurry.set()
-            file = HashedFile(tmp_path / str(hurry), terms)
-            append = file._append
-            file._append = lambda chunk: (policies.append(os.sched_getscheduler(0)), append(chunk))[1]  # noqa: B023
-            file.write(bytes(3 * CHUNK_BYTES))
-            file.close()
-            assert policies == [os.SCHED_OTHER if hurry else os.SCHED_IDLE] * 3
-            assert (tmp_path / str(hurry)).stat().st_size == 3 * CHUNK_BYTES
-        assert os.sched_getscheduler(0) == os.SCHED_OTHER
+class Rested(threading.Event):
+    """Notes for how long was waited, and does not wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times_s: list[float] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.times_s.append(timeout or 0.0)
+        return self.is_set()
+
+
+@pytest.mark.parametrize("rests, hurried, times", [(True, False, 3), (True, True, 0), (False, False, 0)])
+def test_after_each_piece_it_rests_unless_it_is_waited_for(tmp_path: Path, rests: bool, hurried: bool, times: int):
+    hurry = Rested()
+    if hurried:
+        hurry.set()
+    file = HashedFile(tmp_path / "f", Terms(rests, hurry=hurry))
+    file.write(bytes(3 * CHUNK_BYTES))
+    assert len(hurry.times_s) == times and all(0 < rest <= LONGEST_REST_S for rest in hurry.times_s)
+    assert file.close()["size"] == (tmp_path / "f").stat().st_size == 3 * CHUNK_BYTES
