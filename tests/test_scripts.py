@@ -397,7 +397,8 @@ def test_a_signal_reaches_the_trainer_itself(ready):
 def test_the_tests_are_run_from_anywhere_with_any_flag(checkout, script):
     executable(checkout.tools / "nproc", "#!/bin/sh\necho 16\n")
     ran = checkout.run(script, "--full", "tests/data")
-    assert ran.returncode == 0 and ran.stdout == "python -m pytest -n 4 --dist loadfile --full tests/data\n"
+    wanted = "python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --full tests/data\n"
+    assert ran.returncode == 0 and ran.stdout == wanted
     assert checkout.called()[-1].endswith("-e .[test]")
     assert checkout.run(script).stderr == "" and checkout.called() == []
     for alone in (("-n", "0"), ("--pdb",), ("--gpu",)):
