@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import os
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -234,8 +235,28 @@ def steadiness(batch: int, steps: int) -> float:
     return statistics.variance(losses[True]) / statistics.variance(losses[False])
 
 
-def preview_cost(model: Path, side: int, rounds: int) -> tuple[float, float, float]:
-    """Seconds of 20 sampler steps on the CPU without and with previews, and the share that these cost, from pairs.
+@dataclass(frozen=True)
+class Share:
+    """What something costs beside the same work without it: medians of both, s; the share of pairs and its standard
+    error; the share of the process's CPU time, all threads together."""
+
+    without_s: float
+    with_s: float
+    share: float
+    error: float
+    cpu_share: float = math.nan
+
+
+def share_of(with_them: Sequence[float], without: Sequence[float]) -> Share:
+    """From times that were taken in pairs."""
+    shares = [mine / other - 1 for mine, other in zip(with_them, without, strict=True)]
+    low, _, high = statistics.quantiles(shares, n=4) if len(shares) > 1 else (math.nan,) * 3
+    error = 0.93 * (high - low) / math.sqrt(len(shares))  # of a median, from the quartiles, as of a normal distribution
+    return Share(statistics.median(without), statistics.median(with_them), statistics.median(shares), error)
+
+
+def preview_cost(model: Path, side: int, rounds: int) -> Share:
+    """20 sampler steps on the CPU with previews and without, in turns.
 
     model: with nano's VAE and text encoder. side: of the pictures, px. The map is a random one: that costs the same.
     """
@@ -258,43 +279,39 @@ def preview_cost(model: Path, side: int, rounds: int) -> tuple[float, float, flo
         every,
     )  # fmt: skip
     picture, text = Picture("a", "a", side, side, 0, 0, slug="a"), torch.randn(20, width)
-    times: dict[bool, list[float]] = {False: [], True: []}
-    for _ in range(rounds + SETTLING):
-        for seen, taken in times.items():
+    times: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    for number in range(rounds + SETTLING):
+        for seen in (True, False) if number % 2 else (False, True):
             showing = previews.of(picture, Progress()) if seen else None
             scheduler = generate.load_scheduler(model)
-            started = time.perf_counter()
+            started, worked = time.perf_counter(), time.process_time()
             grid = (channels, side // 8, side // 8)
             generate.sample(transformer, scheduler, text, text, grid, steps=picture.steps, watch=showing)
             if showing is not None:
                 showing.close()
-            taken.append(time.perf_counter() - started)
-    plain, shown = (times[seen][SETTLING:] for seen in (False, True))
-    share = statistics.median(one / other for one, other in zip(shown, plain, strict=True)) - 1
-    return statistics.median(plain), statistics.median(shown), share
+            times[seen].append((time.perf_counter() - started, time.process_time() - worked))
+    walls, works = (
+        share_of(*([each[part] for each in times[seen][SETTLING:]] for seen in (True, False))) for part in (0, 1)
+    )
+    return replace(walls, cpu_share=works.share)
 
 
 def tell_previews(rounds: int) -> None:
-    """The cost of previews, of nano at 64 px and of 30 M parameters at 256 px."""
+    """The cost of previews, of nano at 64 px and of 30 M parameters at 128 px."""
     from sana_tune.model.fetch import locate
 
     with tempfile.TemporaryDirectory(prefix="sana_tune-benchmark-") as place:
-        for name, model, side in (("nano", locate("nano"), 64), ("30 M", middle_model(Path(place)), 256)):
-            plain, shown, share = preview_cost(model, side, rounds)
-            print(f"{name}, {side} px: 20 steps {plain:.3f} s, with previews {shown:.3f} s ({100 * share:+.1f} %)")
+        for name, model, side in (("nano", locate("nano"), 64), ("30 M", middle_model(Path(place)), 128)):
+            found = preview_cost(model, side, rounds)
+            print(
+                f"{name}, {side} px: 20 steps {found.without_s:.3f} s, with previews {found.with_s:.3f} s "
+                f"({100 * found.share:+.2f} % ± {100 * found.error:.2f} %; {100 * found.cpu_share:+.2f} % of CPU time)"
+            )
 
 
-@dataclass(frozen=True)
-class CheckCost:
-    """Seconds of a step with and without the checks for bad numbers; the share they cost, of pairs; the read alone."""
-
-    checked_s: float
-    unchecked_s: float
-    share: float
-    read_s: float
-
-
-def check_cost(transformer: dict[str, Any], side: int, batch: int, rounds: int, device: str = "auto") -> CheckCost:
+def check_cost(
+    transformer: dict[str, Any], side: int, batch: int, rounds: int, device: str = "auto"
+) -> tuple[Share, float]:
     """The cost of the flag, of its read on the host and of the loss by noise level, of a model with random weights.
 
     side: latent positions. Each round times both kinds, a few steps at a time, in turns.
@@ -342,9 +359,7 @@ def check_cost(transformer: dict[str, Any], side: int, batch: int, rounds: int, 
     loss = loss._replace(mean=loss.mean.detach())
     norm = loss.mean.clone()
     read_s = statistics.median(timed(lambda: steps._read(parts, [loss], norm, batch, []), BLOCK) for _ in range(50))
-    with_them, without = (found[kind][SETTLING:] for kind in (True, False))
-    share = statistics.median(mine / other for mine, other in zip(with_them, without, strict=True)) - 1
-    return CheckCost(statistics.median(with_them), statistics.median(without), share, read_s)
+    return share_of(*(found[kind][SETTLING:] for kind in (True, False))), read_s
 
 
 def _parts_of(transformer: dict[str, Any], device: str) -> Any:
@@ -370,11 +385,11 @@ def _parts_of(transformer: dict[str, Any], device: str) -> Any:
 
 def tell_checks(asked: argparse.Namespace) -> None:
     """The cost of the checks, of 30 M parameters."""
-    found = check_cost({**MIDDLE, "caption_channels": 256}, asked.side, asked.batch, asked.rounds)
+    found, read_s = check_cost({**MIDDLE, "caption_channels": 256}, asked.side, asked.batch, asked.rounds)
     print(
-        f"30 M parameters, batch {asked.batch}, {asked.side}x{asked.side} positions: a step {found.checked_s:.4f} s, "
-        f"without the checks {found.unchecked_s:.4f} s ({100 * found.share:+.2f} %); the read alone "
-        f"{1e6 * found.read_s:.0f} µs ({100 * found.read_s / found.unchecked_s:.3f} %)"
+        f"30 M parameters, batch {asked.batch}, {asked.side}x{asked.side} positions: a step {found.with_s:.4f} s, "
+        f"without the checks {found.without_s:.4f} s ({100 * found.share:+.2f} % ± {100 * found.error:.2f} %); "
+        f"the read alone {1e6 * read_s:.0f} µs ({100 * read_s / found.without_s:.3f} %)"
     )
 
 

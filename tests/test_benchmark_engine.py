@@ -53,16 +53,22 @@ def test_previews_are_timed_beside_the_plain_sampling():
     """That they cost under 3 % is measured by hand: a test on a machine that others use too could not tell."""
     from sana_tune.model.fetch import locate
 
-    plain, shown, share = benchmark_engine.preview_cost(locate("nano"), 32, 1)
-    assert plain > 0 and shown > 0 and -1 < share < 10
+    found = benchmark_engine.preview_cost(locate("nano"), 32, 1)
+    assert found.without_s > 0 and found.with_s > 0 and -1 < found.share < 10 and -1 < found.cpu_share < 10
+
+
+def test_the_error_of_a_share_is_that_of_the_median_of_pairs():
+    found = benchmark_engine.share_of([1.0, 2.2, 3.6, 4.8], [1.0, 2.0, 3.0, 4.0])
+    assert found.share == pytest.approx(0.15) and found.with_s == pytest.approx(2.9) and found.without_s == 2.5
+    assert found.error == pytest.approx(0.93 * (0.2 - 0.025) / 2)
 
 
 def test_the_checks_are_timed_beside_a_step_without_them():
     """That they cost under 0.5 % on a CPU is measured by hand, as above; that the read is small is seen here."""
     tiny = {"num_attention_heads": 8, "attention_head_dim": 32, "num_layers": 2, "num_cross_attention_heads": 4,
             "cross_attention_head_dim": 64, "cross_attention_dim": 256, "caption_channels": 16}  # fmt: skip
-    found = benchmark_engine.check_cost(tiny, 8, 2, 1, "cpu")
-    assert 0 < found.read_s < 0.2 * found.checked_s and found.unchecked_s > 0 and -1 < found.share < 10
+    found, read_s = benchmark_engine.check_cost(tiny, 8, 2, 1, "cpu")
+    assert 0 < read_s < 0.2 * found.with_s and found.without_s > 0 and -1 < found.share < 10
 
 
 def test_it_measures_how_long_a_checkpoint_holds_training_up(tmp_path, monkeypatch):
