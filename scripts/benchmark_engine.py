@@ -604,7 +604,7 @@ def main() -> None:
     if asked.what == "previews":
         return tell_previews(asked.rounds)
     if asked.what == "ranks":
-        time_ranks(SETTLING + asked.rounds, asked.batch, 32 * asked.side)
+        time_ranks(SETTLING + asked.rounds, asked.batch, 8 * asked.side)  # nano's autoencoder has 8 px a position
         return None
     if asked.what == "checks":
         return tell_checks(asked)
