@@ -143,8 +143,8 @@ def _filling(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Callable[[
 
 
 def _copy(source: Tensor, target: Tensor) -> None:
-    """In main memory, by the calling thread alone: torch's own team would have those that train wait for it."""
-    if source.is_contiguous() and target.is_contiguous():
+    """From main memory by the calling thread alone: torch's own team would have those that train wait for it."""
+    if source.device.type == "cpu" and source.is_contiguous() and target.is_contiguous():
         np.copyto(_bytes(target), _bytes(source))
     else:
         target.copy_(source)
