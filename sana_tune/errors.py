@@ -38,10 +38,9 @@ class UserError(Exception):
         self.problems = problems
         super().__init__("\n".join(str(problem) for problem in problems))
 
-    @property
-    def is_of_others(self) -> bool:
-        """Whether it only tells that another process failed, which tells more itself."""
-        return False
+
+class OthersFailed(UserError):
+    """Another process of the run failed, so that this one cannot go on; the other one tells more."""
 
 
 def gather(problems: list[Problem], check: Callable[[], Value]) -> Value | None:

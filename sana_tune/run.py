@@ -110,6 +110,9 @@ def _run(loaded: Loaded, notes: Sequence[str], restart: bool, sinks: Sequence[Si
         except Interrupted:
             crew.close()  # all have saved: a process that leaves before the others takes them with it
             raise
+        except BaseException:
+            crew.leave()
+            raise
         crew.close()
         return progress
     finally:

@@ -11,7 +11,7 @@ import typer
 
 from sana_tune import __version__
 from sana_tune.config.files import examples_dir, list_examples
-from sana_tune.errors import Interrupted, UserError
+from sana_tune.errors import Interrupted, OthersFailed, UserError
 from sana_tune.ranks import Ending, Rank, live_with_launcher, own_rank, told_in
 
 app = typer.Typer(
@@ -465,7 +465,7 @@ def launched(folder: Path, arguments: Sequence[str] | None = None) -> int:
     except SystemExit as ended:
         ending = Ending(rank, int(ended.code or 0))
     except UserError as error:
-        ending = Ending(rank, 1, error.problems, lost=error.is_of_others)
+        ending = Ending(rank, 1, error.problems, lost=isinstance(error, OthersFailed))
     except Interrupted as error:
         ending = Ending(rank, error.exit_code)
     ending.write(folder)

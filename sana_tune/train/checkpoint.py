@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sana_tune.errors import Problem, UserError
+from sana_tune.errors import OthersFailed, Problem, UserError
 from sana_tune.log import log
 from sana_tune.plan import human_bytes
 from sana_tune.progress import Every, Progress, due
@@ -223,11 +223,13 @@ class Checkpoints:
         return self._accelerator is None or self._accelerator.num_processes == 1
 
     def _agreed(self, verdict: _Verdict) -> _Verdict:
-        """The main process's verdict, in all of them."""
-        if self._accelerator is None or self._alone:
-            return verdict
-        flag = torch.tensor(float(verdict if self._is_main else 0), device=self._accelerator.device)
-        return _Verdict(int(summed(self._accelerator, flag).item()))
+        """The main process's verdict, in all of them; where any is to stop, nobody waits any longer."""
+        stopping = float(self._stopping())
+        if self._accelerator is not None and not self._alone:
+            said = torch.tensor([float(verdict if self._is_main else 0), stopping], device=self._accelerator.device)
+            number, stopping = summed(self._accelerator, said).tolist()
+            verdict = _Verdict(int(number))
+        return _Verdict.LEAVE if verdict == _Verdict.WAIT and stopping else verdict
 
     def _begin(self, flight: _Flight, failed: bool = False) -> None:
         """Have it written as soon as there is room; not at all when the run is to stop meanwhile."""
@@ -258,7 +260,9 @@ class Checkpoints:
                 flight = _Flight(Snapshot(Progress(), {}, {}, {}, {}), False, 0.0)
             self._begin(flight, failed=True)
         if verdict == _Verdict.END:
-            raise self._failure or UserError(Problem(str(self.output_dir), "the main process could not save", _ABOVE))
+            raise self._failure or OthersFailed(
+                Problem(str(self.output_dir), "the main process could not save", _ABOVE)
+            )
 
     def _landed(self) -> _Verdict:
         """What became of the write in flight, once it is over."""
@@ -326,7 +330,7 @@ class Checkpoints:
                     break
         progress = flight.snapshot.progress
         if verdict == _Verdict.END:
-            raise self._failure or UserError(Problem(str(self.output_dir), "the disk is too full", _ABOVE))
+            raise self._failure or OthersFailed(Problem(str(self.output_dir), "the disk is too full", _ABOVE))
         if verdict == _Verdict.LEAVE:
             held = (
                 "there is no checkpoint yet" if self._held_step is None else f"the newest is of step {self._held_step}"
@@ -369,7 +373,7 @@ class Checkpoints:
             failure = call_script(self.room.script, self.output_dir, lack, self._stopping)
             if failure:
                 self._emit(Noticed(flight.snapshot.progress, f"disk_low_script {self.room.script}: {failure}"))
-        return _Verdict.LEAVE if self._stopping() else _Verdict.WAIT
+        return _Verdict.WAIT
 
     def _freed_bytes(self, flight: _Flight) -> int:
         """What goes before it is written; about, since nothing is read to see whether the newest is whole."""

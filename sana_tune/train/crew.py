@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
-from sana_tune.errors import Problem, UserError
+from sana_tune.errors import OthersFailed, Problem, UserError
 from sana_tune.log import log
 from sana_tune.ranks import Rank
+from sana_tune.train.pulse import Pulse
 
 Value = TypeVar("Value")
 
@@ -34,23 +35,20 @@ class Store(Protocol):
     def delete_key(self, key: str) -> bool: ...
 
 
-class LostRank(UserError):
-    """Another process of the run is gone, so that this one cannot go on."""
-
-    @property
-    def is_of_others(self) -> bool:
-        return True
+class LostRank(OthersFailed):
+    """Another process of the run is gone."""
 
 
 class Crew:
-    """The processes of a run, seen from one of them. store: None where there is no other.
+    """The processes of a run, seen from one of them. store: None where there is no other. pulse: tells who lives.
 
     All of them call `gather`, `first_main` and `agree` in the same order.
     """
 
-    def __init__(self, rank: Rank | None = None, store: Store | None = None):
+    def __init__(self, rank: Rank | None = None, store: Store | None = None, pulse: Pulse | None = None):
         self.rank = rank or Rank()
         self._store = store
+        self._pulse = pulse
         self._turn = 0
         self._beats = 0
         self._beaten_s = 0.0
@@ -63,7 +61,8 @@ class Crew:
         from torch.distributed import PrefixStore
         from torch.distributed.distributed_c10d import _get_default_store
 
-        return cls(rank, PrefixStore("sana_tune", _get_default_store()))
+        store: Any = PrefixStore("sana_tune", _get_default_store())
+        return cls(rank, store, Pulse(rank.rank, store))
 
     @property
     def is_main(self) -> bool:
@@ -89,16 +88,18 @@ class Crew:
     def gather(self, what: str, value: Any = None) -> list[Any]:
         """The plain values that all processes give, by rank; waits for the slowest of them.
 
-        what: what is waited for, in words. Raises UserError when one of them shows no sign of life any more.
+        what: what is waited for, in words. Raises LostRank when one of them is gone, UserError when one that lives
+        shows no sign of work any more.
         """
         if self._store is None:
             return [value]
         self._turn += 1
-        self._store.set(self._key(self._turn, self.rank.rank), json.dumps(value))
-        self._await(what, [self._key(self._turn, rank) for rank in range(self.ranks)])
-        found = [json.loads(self._store.get(self._key(self._turn, rank))) for rank in range(self.ranks)]
-        if self._turn > 2:  # who is here has read those of two turns ago
-            self._store.delete_key(self._key(self._turn - 2, self.rank.rank))
+        with self.told_of_losses():
+            self._store.set(self._key(self._turn, self.rank.rank), json.dumps(value))
+            self._await(what, [self._key(self._turn, rank) for rank in range(self.ranks)])
+            found = [json.loads(self._store.get(self._key(self._turn, rank))) for rank in range(self.ranks)]
+            if self._turn > 2:  # who is here has read those of two turns ago
+                self._store.delete_key(self._key(self._turn - 2, self.rank.rank))
         return found
 
     def first_main(self, what: str, do: Callable[[], Value]) -> Value:
@@ -128,11 +129,12 @@ class Crew:
             if self.ranks == 1 or not is_lost_connection(error):
                 raise
             log.debug("the connection was lost", exc_info=error)
-            what = (
-                "the connection to another process of the run is lost: it has ended, or its machine cannot be reached"
-            )
-            fix = "see what the other one said; started again, the run goes on from its newest checkpoint"
-            raise LostRank(Problem(f"rank {self.rank.rank}", what, fix)) from error
+            raise self._lost("it has ended, or its machine cannot be reached") from error
+
+    def _lost(self, how: str) -> LostRank:
+        what = f"the connection to another process of the run is lost: {how}"
+        fix = "see what the other one said; started again, the run goes on from its newest checkpoint"
+        return LostRank(Problem(f"rank {self.rank.rank}", what, fix))
 
     def close(self) -> None:
         """Part from the others once all are through."""
@@ -141,17 +143,22 @@ class Crew:
         import torch
 
         try:
-            self.gather("the end")
-            if self.is_main:  # it may hold the store, so it leaves last
-                self._await("the end", [f"left/{rank}" for rank in range(1, self.ranks)])
-            else:
-                self._store.set(f"left/{self.rank.rank}", "")
-            torch.distributed.destroy_process_group()
-        except RuntimeError as error:  # the store is gone with the launcher that held it: there is nobody to wait for
-            if not is_lost_connection(error):
-                raise
-            log.debug("the others are gone", exc_info=error)
-        self._store = None
+            with self.told_of_losses():
+                self.gather("the end")
+                if self.is_main:  # it may hold the store, so it leaves last
+                    self._await("the end", [f"left/{rank}" for rank in range(1, self.ranks)])
+                else:
+                    self._store.set(f"left/{self.rank.rank}", "")
+                torch.distributed.destroy_process_group()
+        except LostRank as lost:  # all is saved: there is nobody to wait for
+            log.debug("the others are gone", exc_info=lost)
+        self.leave()
+
+    def leave(self) -> None:
+        """Wait for nobody any more, and give no sign of life."""
+        if self._pulse is not None:
+            self._pulse.end()
+        self._store = self._pulse = None
 
     @staticmethod
     def _key(turn: int, rank: int) -> str:
@@ -168,6 +175,7 @@ class Crew:
             for key in waiting:
                 sign = self._sign_of(key.rpartition("/")[2])
                 signs[key] = signs[key] if sign == signs[key][0] else (sign, now)
+            self._check_alive(waiting)
             silent_s = now - min(signs[key][1] for key in waiting)
             doing = "; ".join(f"rank {key.rpartition('/')[2]}: {signs[key][0].partition(' ')[2]}" for key in waiting)
             if silent_s > SILENT_S:
@@ -179,6 +187,15 @@ class Crew:
             time.sleep(pause_s)
             pause_s = min(1.5 * pause_s, _LOOKING_EVERY_S[1])
             signs = {key: signs[key] for key in waiting}
+
+    def _check_alive(self, keys: Sequence[str]) -> None:
+        """Raise LostRank when one whose key is waited for is gone."""
+        if self._store is None or self._pulse is None:
+            return
+        for key in keys:
+            how = self._pulse.death(int(key.rpartition("/")[2]))
+            if how is not None and not self._store.check([key]):  # it may have set it last of all
+                raise self._lost(how)
 
     def _sign_of(self, rank: str) -> str:
         assert self._store is not None

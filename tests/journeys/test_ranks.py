@@ -283,6 +283,26 @@ def test_one_process_is_killed_at_any_moment_and_the_run_goes_on(tmp_path: Path,
     assert kills["inside a write"] and kills.total() >= (KILLS_IN_FULL if full else KILLS) // 2
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("moment", ["prepare", "open_caches", "encode_pictures"])
+def test_one_process_is_killed_before_training_begins(tmp_path: Path, moment: str, victim: int):
+    """The other one waits for it outside of any collective operation, and is told all the same."""
+    path = new_run(tmp_path / "run")
+
+    def life(rank: int) -> int:
+        if rank == victim:
+            setattr(runs, moment, lambda *arguments, **words: os.kill(os.getpid(), signal.SIGKILL))
+        return told(load(path, {}), rank)
+
+    children = ranks(2, life, path.parent)
+    assert children[victim].wait() == -signal.SIGKILL
+    began_s = time.monotonic()
+    assert children[1 - victim].wait() == 2, repr(children[1 - victim])
+    assert time.monotonic() - began_s < 15
+    said = repr(children[1 - victim])
+    assert "the connection to another process of the run is lost" in said and "Traceback" not in said
+
+
 def has_begun(child: Child) -> bool:
     return "step " in repr(child) or not child.running
 

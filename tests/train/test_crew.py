@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sana_tune.errors import Problem, UserError
+from sana_tune.errors import OthersFailed, UserError
 from sana_tune.ranks import Rank
 from sana_tune.train import crew as crews
 from sana_tune.train.crew import ALONE, Crew, LostRank, is_lost_connection
@@ -117,6 +117,6 @@ def test_what_torch_makes_of_a_lost_process_is_told_in_our_words():
         Crew(Rank(1, 2), Memory()).told_of_losses(),
     ):
         raise error
-    assert lost.value.is_of_others and not UserError(Problem("a", "b")).is_of_others
+    assert isinstance(lost.value, OthersFailed)
     with pytest.raises(RuntimeError, match="shapes"), ALONE.told_of_losses():
         raise RuntimeError("shapes differ")
