@@ -11,7 +11,7 @@ import typer
 
 from sana_tune import __version__
 from sana_tune.config.files import examples_dir, list_examples
-from sana_tune.errors import Interrupted, OthersFailed, UserError
+from sana_tune.errors import Interrupted, OthersFailed, UserError, gather
 from sana_tune.ranks import Ending, Rank, live_with_launcher, own_rank, told_in
 
 app = typer.Typer(
@@ -480,6 +480,8 @@ def exit_code(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as ended:
         return 1 if ended.code == 2 else int(ended.code or 0)  # a usage error is the user's mistake like any other
     except UserError as error:
+        if _is_told_by_another():
+            return 1
         if len(error.problems) > 1:
             _say(f"{len(error.problems)} things are wrong; nothing was started")
         for problem in error.problems:
@@ -488,6 +490,14 @@ def exit_code(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as error:
         _say(str(error))
         return error.exit_code
+
+
+def _is_told_by_another() -> bool:
+    """Whether a process beside this one finds the same and tells it: until the processes of a run (`torchrun`) are
+    connected to each other, the first one of each machine speaks."""
+    rank = gather([], own_rank) or Rank()
+    torch = sys.modules.get("torch")
+    return rank.local > 0 and not (torch is not None and torch.distributed.is_initialized())
 
 
 def _say(text: str) -> None:

@@ -12,8 +12,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +30,6 @@ from sana_tune.data.cache import TensorCache
 from sana_tune.errors import Interrupted, UserError
 from sana_tune.train import folders
 from sana_tune.train.crew import LostRank
-from tests.conftest import ROOT
 from tests.journeys.kit import (
     Child,
     all_well,
@@ -305,60 +302,6 @@ def test_one_process_is_killed_before_training_begins(tmp_path: Path, moment: st
 
 def has_begun(child: Child) -> bool:
     return "step " in repr(child) or not child.running
-
-
-def children_of(pid: int) -> list[int]:
-    import psutil
-
-    return [child.pid for child in psutil.Process(pid).children()]
-
-
-def wait_for(text: str, log: Path, program: subprocess.Popen[bytes]) -> None:
-    end_s = time.monotonic() + 120
-    while text not in log.read_text():
-        assert program.poll() is None and time.monotonic() < end_s, log.read_text()
-        time.sleep(0.05)
-
-
-def test_train_launches_them_and_ends_them_together(tmp_path: Path):
-    """As users start it: a killed process ends all, with a word why; Ctrl-C saves; nobody is left behind."""
-    path = new_run(tmp_path / "run", num_processes=2, max_train_steps=100_000)
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-
-    def start(name: str) -> tuple[subprocess.Popen[bytes], Path, list[int]]:
-        log = tmp_path / name
-        with open(log, "wb") as file:
-            command = [sys.executable, "-m", "sana_tune", "train", "--config", str(path)]
-            program = subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=file, stderr=file)
-        wait_for("Training: ", log, program)
-        return program, log, children_of(program.pid)
-
-    program, log, pids = start("killed")
-    assert len(pids) == 2
-    wait_for("step 1 of", log, program)
-    os.kill(pids[1], signal.SIGKILL)
-    began_s = time.monotonic()
-    assert program.wait(60) == 1 and time.monotonic() - began_s < 20
-    said = log.read_text()
-    assert "it was killed by SIGKILL" in said and "the run goes on from its newest checkpoint" in said
-    assert "Traceback" not in said and said.count("error: ") == 1 and said.count("Model: nano") == 1
-
-    program, log, pids = start("interrupted")
-    program.send_signal(signal.SIGINT)
-    assert program.wait(60) == 128 + signal.SIGINT
-    said = log.read_text()
-    assert "Traceback" not in said and said.count("asked to stop") == 1 and "Saved " in said
-    assert "stopped by signal 2" in said.splitlines()[-1]
-    assert not any(alive(pid) for pid in pids)
-    assert len(folders.list_complete(path.parent / "output")) == 1
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def test_mistakes_are_told_once_before_anything_is_launched(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
