@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
 
+from sana_tune.config.launch_rules import LAUNCH_RULES, shards
 from sana_tune.config.lycoris import LycorisFile, read_lycoris
 from sana_tune.config.optimizers import OPTIMIZER_FACTS, keeps_bf16, saved_bytes, state_bytes
 from sana_tune.config.quantisation_rules import FULL_RANK, ON_QUANTISED
@@ -160,8 +161,11 @@ def plan_memory(
 
 def host_needed(config: Config, facts: ModelFacts, need: MemoryNeed) -> int:
     """Main memory beside a GPU's: an average that is kept there, and the copies of the weights it is made from."""
-    weights = need.weights_bytes if config.model.model_type == "full" else 4 * trained_parameters(config, facts)
-    return weights + 4 * trained_parameters(config, facts) if config.ema.use_ema and config.ema.is_on_cpu else 0
+    if not (config.ema.use_ema and config.ema.is_on_cpu):
+        return 0
+    average = 4 * trained_parameters(config, facts)
+    weights = need.weights_bytes if config.model.model_type == "full" and shards(config) == 1 else average
+    return (weights + average) // shards(config)
 
 
 def memory_needed(
@@ -186,7 +190,7 @@ def memory_needed(
     pictures = max((_positions(load, facts) * load.batch_size for load in loads), default=0)
     if config.model.model_type == "lora":
         return _frozen_needed(config, facts, pictures, autocast, trained_parameters(config, facts, adapter), on_cpu)
-    return MemoryNeed(
+    need = MemoryNeed(
         weights_bytes=each * parameters,
         gradients_bytes=_gradients_bytes(config, facts, each),
         optimizer_bytes=round(_state_bytes(config, on_cpu) * parameters) + rounding_bytes(config, facts),
@@ -195,6 +199,19 @@ def memory_needed(
         activations_bytes=round(pictures * _bytes_per_position(config, facts, whole, kept)),
         overhead_bytes=OVERHEAD_BYTES,
         base_bytes=(2 if bf16_weights or autocast else 4) * parameters * (config.train.regularisation_target == "base"),
+    )
+    return need if (parts := shards(config)) == 1 else _split(need, parts, facts.layers)
+
+
+def _split(need: MemoryNeed, parts: int, layers: int) -> MemoryNeed:
+    """What a process takes whose tensors are split block by block (FSDP2): its part of all, and whole weights and
+    gradients of two blocks, one that computes and one that is on its way."""
+    return replace(
+        need,
+        weights_bytes=need.weights_bytes // parts + 2 * need.weights_bytes // layers,
+        gradients_bytes=need.gradients_bytes // parts + 2 * need.gradients_bytes // layers,
+        optimizer_bytes=need.optimizer_bytes // parts,
+        ema_bytes=need.ema_bytes // parts,
     )
 
 
@@ -295,6 +312,8 @@ def decide_weights(
     asked, wanted = config.model.weights_dtype, config.optimizer
     if asked != "auto":
         return Weights(asked, "as asked")
+    if shards(config) > 1:
+        return Weights("fp32", "FSDP2 splits them over the processes")
     if held is not None:
         return Weights(held, "as in the checkpoint")
     if device is None:
@@ -401,6 +420,8 @@ def ways_to_fit(
         for changes in _combined([levers[place].variants for place in chosen]):
             if changes.get("optimizer_release_gradients") and changes.get("gradient_accumulation_steps", 1) > 1:
                 continue
+            if not _can_be_launched(config, changes):
+                continue
             total = _total(config, facts, loads, changes, precision, on_cpu)
             if total <= device_bytes:
                 found.append((frozenset(chosen), Way(changes, total)))
@@ -432,11 +453,20 @@ def reliefs(
     now = _total(config, facts, loads, {}, precision, on_cpu)
     found = []
     for lever in _levers(config, facts, max((load.batch_size for load in loads), default=1), precision, on_cpu):
-        variants = [changes for changes in lever.variants if not changes.keys() & set(fixed)]
+        variants = [
+            changes
+            for changes in lever.variants
+            if not changes.keys() & set(fixed) and _can_be_launched(config, changes)
+        ]
         freed = [now - _total(config, facts, loads, changes, precision, on_cpu) for changes in variants]
         if freed and (most := max(freed)) > 0:
             found.append(Relief(variants[freed.index(most)], most))
     return tuple(sorted(found, key=lambda relief: -relief.freed_bytes))
+
+
+def _can_be_launched(config: Config, changes: Mapping[str, Any]) -> bool:
+    """Whether the settings go together with several processes, where there are any."""
+    return config.launch.processes == 1 or not any(rule(changed(config, changes)) for rule in LAUNCH_RULES)
 
 
 def _levers(config: Config, facts: ModelFacts, batch: int, precision: str | None, on_cpu: bool) -> list[_Lever]:

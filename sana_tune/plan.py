@@ -420,6 +420,7 @@ def saving_plan(
     if memory is not None:
         on_cpu = memory.device is not None and memory.device.kind == "cpu"
         taken = memory.need.total_bytes if on_cpu else memory.host_bytes
+        taken *= config.launch.processes // (config.launch.num_machines or 1)  # those of this machine
     return decide_saving(config, checkpoint_bytes(config, trained_parameters(config, facts)), taken, main_memory_bytes)
 
 

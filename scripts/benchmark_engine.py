@@ -49,6 +49,7 @@ MIDDLE: dict[str, Any] = {
     "cross_attention_dim": 384,
 }
 SETTLING = 2
+RANKS_TURNS = 3  # runs of one process, and of two
 BLOCK = 4  # steps that are timed together: on a GPU the host runs ahead of it
 
 
@@ -412,7 +413,8 @@ def middle_model(folder: Path) -> Path:
 def in_ranks(folder: Path, processes: int, steps: int, batch: int, side: int) -> float:
     """Pictures a second of a run of the middle model, each process on one core; the median of all but the first steps.
 
-    folder: holds model/ and pictures/. One process takes as many micro-batches a step as two do together.
+    folder: holds model/ and pictures/, and the runs that were timed before. One process takes as many micro-batches a
+    step as two do together.
     """
     import json
     import os
@@ -420,8 +422,7 @@ def in_ranks(folder: Path, processes: int, steps: int, batch: int, side: int) ->
 
     from sana_tune.watch.metrics import read
 
-    place = folder / f"ranks-{processes}"
-    place.mkdir()
+    place = Path(tempfile.mkdtemp(prefix="ranks-", dir=folder))
     datasets = [{"id": "d", "instance_data_dir": str(folder / "pictures"), "caption_strategy": "filename"}]
     (place / "multidatabackend.json").write_text(json.dumps(datasets), encoding="utf-8")
     settings = {
@@ -447,7 +448,10 @@ def in_ranks(folder: Path, processes: int, steps: int, batch: int, side: int) ->
 
 
 def time_ranks(steps: int, batch: int, side: int) -> float:
-    """What a second process on a second core is worth: the ratio of pictures a second, told with both."""
+    """What a second process on a second core is worth: the ratio of pictures a second, told with both.
+
+    Runs of one and of two take turns, since a machine is not equally quick for minutes.
+    """
     import random
 
     from PIL import Image
@@ -459,9 +463,12 @@ def time_ranks(steps: int, batch: int, side: int) -> float:
         for number in range(8):
             pixels = luck.randbytes(side * side * 3)
             Image.frombytes("RGB", (side, side), pixels).save(folder / "pictures" / f"picture {number}.png")
-        one, two = (in_ranks(folder, processes, steps, batch, side) for processes in (1, 2))
-    print(f"1 process on 1 core {one:.2f} images/s, 2 processes on 2 cores {two:.2f}, ratio {two / one:.2f}")
-    return two / one
+        found = [[in_ranks(folder, processes, steps, batch, side) for processes in (1, 2)] for _ in range(RANKS_TURNS)]
+    one, two = (statistics.median(speeds) for speeds in zip(*found, strict=True))
+    ratios = sorted(pair[1] / pair[0] for pair in found)
+    print(f"1 process on 1 core {one:.2f} images/s, 2 processes on 2 cores {two:.2f}; ratio of {len(found)} pairs: "
+          f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} - {ratios[-1]:.2f})")  # fmt: skip
+    return statistics.median(ratios)
 
 
 @dataclass(frozen=True)

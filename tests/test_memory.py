@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sana_tune.config.launch_rules import LAUNCH_RULES
 from sana_tune.config.schema import Config
 from sana_tune.errors import UserError
 from sana_tune.hardware import Device
@@ -424,3 +426,50 @@ def test_what_a_checkpoint_fixes_is_not_offered(facts: ModelFacts):
 def test_what_frees_nothing_is_not_told(facts: ModelFacts):
     config = asked(weights_dtype="bf16", optimizer="bnb-adamw8bit", optimizer_release_gradients=True)
     assert reliefs(config, facts, ONE) == ()
+
+
+# ---- several processes ----
+
+
+def split(tmp_path: Path, **settings: Any) -> Config:
+    """The settings with FSDP2 over eight processes."""
+    content = {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}, "num_processes": 8}
+    (tmp_path / "fsdp.yaml").write_text(json.dumps(content))
+    return asked(accelerate_config=str(tmp_path / "fsdp.yaml"), num_processes=8, **settings)
+
+
+def test_each_of_several_processes_takes_what_one_does_unless_the_model_is_split(facts: ModelFacts, tmp_path: Path):
+    settings: dict[str, Any] = {"use_ema": True, "weights_dtype": "fp32"}
+    one = memory_needed(asked(**settings), facts, ONE)
+    assert memory_needed(asked(num_processes=8, **settings), facts, ONE) == one
+    part = memory_needed(split(tmp_path, **settings), facts, ONE)
+    block = one.weights_bytes / facts.layers
+    for name in ("weights_bytes", "gradients_bytes"):
+        assert getattr(part, name) == pytest.approx(getattr(one, name) / 8 + 2 * block, abs=4)
+    assert (part.optimizer_bytes, part.ema_bytes) == (one.optimizer_bytes // 8, one.ema_bytes // 8)
+    assert part.activations_bytes == one.activations_bytes
+    assert states(one) > 24 > part.total_bytes / GB, "it fits a card of 24 GB"
+
+
+def test_an_average_in_main_memory_is_split_too(facts: ModelFacts, tmp_path: Path):
+    config = split(tmp_path, use_ema=True, ema_device="cpu")
+    assert host_needed(config, facts, memory_needed(config, facts, ONE)) == 8 * facts.parameters // 8
+
+
+def test_what_several_processes_cannot_do_is_not_offered(facts: ModelFacts, tmp_path: Path):
+    settings: dict[str, Any] = {"weights_dtype": "fp32", "gradient_checkpointing": False, "use_ema": True}
+    config = asked(num_processes=2, **settings)
+    offered = {name for relief in reliefs(config, facts, ONE) for name in relief.changes}
+    assert "optimizer_release_gradients" not in offered and "optimizer" in offered and "weights_dtype" in offered
+    offered = {name for relief in reliefs(split(tmp_path, **settings), facts, ONE) for name in relief.changes}
+    assert not offered & {"optimizer_release_gradients", "optimizer", "weights_dtype"} and "ema_device" in offered
+    for many in (config, split(tmp_path, **settings)):
+        for way in ways_to_fit(many, facts, ONE, 12 * 10**9):
+            assert not any(rule(changed(many, way.changes)) for rule in LAUNCH_RULES)
+
+
+def test_split_weights_stay_fp32(facts: ModelFacts, tmp_path: Path):
+    small = Device("a card", 8 * GB, 1)
+    assert decide_weights(asked(), facts, ONE, small).dtype == "bf16"
+    weights = decide_weights(split(tmp_path), facts, ONE, small, held="bf16")
+    assert weights.dtype == "fp32" and "FSDP2 splits them" in weights.why

@@ -10,6 +10,7 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,15 @@ def is_sharded(path: str | None, words: Sequence[str] = ()) -> bool:
     """Whether accelerate's file or words ask for FSDP, or its launcher said so."""
     if "--use_fsdp" in words or wants_shards():
         return True
-    content = gather([], lambda: read_accelerate(Path(path).expanduser())) if path is not None else None
+    if path is None or not (file := Path(path).expanduser()).is_file():
+        return False
+    return _names_fsdp(file, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _names_fsdp(path: Path, changed_ns: int) -> bool:
+    """Whether accelerate's file asks for FSDP. The memory plan asks for each of hundreds of ways to fit."""
+    content = gather([], lambda: read_accelerate(path))
     return content is not None and str(content.get("distributed_type")).upper() == "FSDP"
 
 

@@ -20,7 +20,8 @@ from torch.nn.modules.module import register_module_forward_hook
 from sana_tune.errors import Problem, UserError
 from sana_tune.log import log
 from sana_tune.store import write_atomically
-from sana_tune.train.step import Parts, clip, micro_loss
+from sana_tune.train.sharding import local
+from sana_tune.train.step import Parts, clip, joined, micro_loss, summed
 
 if TYPE_CHECKING:
     from sana_tune.data.batch import Batch
@@ -134,18 +135,18 @@ _TRY = {
 def diagnose(parts: Parts, micro_batches: Sequence[Sample], step: int, loss: float, grad_norm: float) -> Diagnosis:
     """Replay the step that follows `step` done ones and say what in it is not finite first. Weights stay.
 
-    With several processes each looks at its own part; all answer the first finding of any.
+    With several processes each looks at its own part; all answer the first finding of any. They go through the same
+    passes, since those of a split model are collective.
     """
     try:
         own = _diagnose(parts, micro_batches, step, loss, grad_norm)
     except torch.OutOfMemoryError:
-        own = Diagnosis(step + 1, _finite(loss), _finite(grad_norm), Finding("memory", ""))
+        # the others may be in a pass that this process left: it waits for nobody, and they are ended with it
+        return Diagnosis(step + 1, _finite(loss), _finite(grad_norm), Finding("memory", ""))
     if parts.accelerator.num_processes == 1:
         return own
-    from accelerate.utils import gather_object
-
-    everyone: list[Diagnosis] = gather_object([own])
-    return next((each for each in everyone if each.finding.stage != "nothing"), everyone[0])
+    order = list(_FOUND)  # a bad weight of one process may be a bad output of another that uses it
+    return min(joined(parts.accelerator, [own]), key=lambda each: order.index(each.finding.stage))
 
 
 def _diagnose(parts: Parts, micro_batches: Sequence[Sample], step: int, loss: float, grad_norm: float) -> Diagnosis:
@@ -158,8 +159,8 @@ def _diagnose(parts: Parts, micro_batches: Sequence[Sample], step: int, loss: fl
         for number, (micro_batch, batch) in enumerate(micro_batches):
             micro = micro_batch.index % count
             finding, samples = _replay(parts, batch, step, micro, count, len(micro_batches))
-            if finding is not None:
-                return Diagnosis(step + 1, *numbers, finding, number, rank, samples)
+            if _any(parts, finding is not None):
+                return Diagnosis(step + 1, *numbers, finding or Finding("nothing", ""), number, rank, samples)
         return Diagnosis(step + 1, *numbers, _gradients(parts) or Finding("nothing", ""), 0, rank, samples)
     finally:
         parts.optimizer.zero_grad(set_to_none=True)
@@ -175,20 +176,21 @@ def _replay(
     with watched.listening():
         found = micro_loss(alone, batch, step, micro, count)
         watched.phase = "backward"
-        if named is None and watched.forward is None and bool(torch.isfinite(found.mean)):
+        is_bad = named is not None or watched.forward is not None or not bool(torch.isfinite(found.mean))
+        if not _any(parts, is_bad):
             parts.accelerator.backward(parts.scale.scaled(found.mean / own))
     per_sample = found.per_sample.tolist()
     samples = tuple(
         SampleFacts(id, batch.captions[place] if batch.captions else None, level, _finite(per_sample[place]))
         for place, (id, level) in enumerate(zip(batch.ids, found.levels.tolist(), strict=True))
     )
+    exact = _exact(alone, batch, step, micro, count) if _any(parts, is_bad and named is None) else ""
     if named is not None:
         return named, samples
     if watched.forward is not None:
-        return Finding("forward", watched.forward, _exact(alone, batch, step, micro, count)), samples
-    if not math.isfinite(float(found.mean.detach())):
-        bad = next(sample.id for sample in samples if sample.loss is None)
-        return Finding("loss", bad, _exact(alone, batch, step, micro, count)), samples
+        return Finding("forward", watched.forward, exact), samples
+    if is_bad:
+        return Finding("loss", next(sample.id for sample in samples if sample.loss is None), exact), samples
     return (None if watched.backward is None else Finding("backward", watched.backward)), samples
 
 
@@ -253,12 +255,19 @@ def _weights(parts: Parts) -> Finding | None:
     return _first(parts, "weights", lambda weight: weight.detach())
 
 
+def _any(parts: Parts, found: bool) -> bool:
+    """Whether it is so on any process."""
+    if parts.accelerator.num_processes == 1:
+        return found
+    return bool(summed(parts.accelerator, torch.tensor(float(found), device=parts.accelerator.device)))
+
+
 def _gradients(parts: Parts) -> Finding | None:
     """The gradients of all micro-batches together, and their norm: it can overflow when no gradient has."""
     found = _first(parts, "gradient", lambda weight: weight.grad)
-    if found is None and any(weight.grad is not None for weight in parts.trained):
+    if any(weight.grad is not None for weight in parts.trained):
         parts.scale.unscale(parts.trained)
-        if not math.isfinite(float(clip(parts.trained, 0.0, "norm"))):
+        if not math.isfinite(float(clip(parts.trained, 0.0, "norm"))) and found is None:
             return Finding("gradient", "each of them is finite, their norm is not")
     return found
 
@@ -267,7 +276,7 @@ def _first(parts: Parts, stage: str, tensor_of: Callable[[nn.Parameter], Tensor 
     bad = [
         name
         for name, weight in parts.bare.named_parameters()
-        if (tensor := tensor_of(weight)) is not None and not bool(torch.isfinite(tensor).all())
+        if (tensor := tensor_of(weight)) is not None and not bool(torch.isfinite(local(tensor)).all())
     ]
     more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
     return Finding(stage, f"{bad[0]}{more}") if bad else None

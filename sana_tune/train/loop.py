@@ -17,7 +17,7 @@ from sana_tune.train.diagnosis import diagnose, diagnosed
 from sana_tune.train.evaluate import Evaluator, NoEvaluator, judged
 from sana_tune.train.folders import Checkpoint
 from sana_tune.train.signals import SIGNALS, Stop
-from sana_tune.train.step import Parts, StepResult, passed_over, summed, train_step
+from sana_tune.train.step import Parts, StepResult, joined, passed_over, summed, train_step
 from sana_tune.watch.events import Event, Finished, Measured, Noticed, Started, Stepped, Stopped, Validated
 from sana_tune.watch.sinks import Watcher
 
@@ -100,7 +100,7 @@ def fit(
                 progress = progress.advance(result.images, plan.epoch_after(progress.step + 1))
                 watcher.emit(steps.event(progress, result))
                 if result.skipped:
-                    watcher.emit(noticed(progress, result, micro_batches))
+                    watcher.emit(noticed(parts, progress, result, micro_batches))
                     patience.check(parts, micro_batches, before, result, checkpoints)
                 if result.spoiled and (held := checkpoints.held()) is not None:
                     watcher.emit(spoiled.add(parts, micro_batches, before, result, held, checkpoints))
@@ -222,10 +222,10 @@ class Timed:
             self._steps.close()
 
 
-def noticed(progress: Progress, result: StepResult, micro_batches: Sequence[Sample]) -> Noticed:
+def noticed(parts: Parts, progress: Progress, result: StepResult, micro_batches: Sequence[Sample]) -> Noticed:
     """What whoever watches is told of a step that moved nothing. `progress` is right after it."""
     bad = "gradient norm" if math.isfinite(result.loss) else "loss"
-    ids = [id for _, batch in micro_batches for id in batch.ids]
+    ids = joined(parts.accelerator, [id for _, batch in micro_batches for id in batch.ids])
     more = f" and {len(ids) - _TOLD} more" if len(ids) > _TOLD else ""
     pictures = f"its pictures: {', '.join(ids[:_TOLD])}{more}"
     return Noticed(progress, f"step {progress.step} was skipped: its {bad} is not finite; {pictures}")

@@ -19,6 +19,7 @@ from sana_tune.data.batch import Batch
 from sana_tune.data.records import Role
 from sana_tune.memory import Load
 from sana_tune.model.sana import empty_device_cache
+from sana_tune.train.sharding import local
 from sana_tune.train.step import Parts, clip, micro_loss
 
 
@@ -29,7 +30,8 @@ class Heaviest:
     loads:        role → its largest micro-batch. factor: pixels a side of a latent position. tokens: of the longest
                   text.
     accumulation: micro-batches in a step of this process: with more than one, gradients are there in the forward pass.
-    masked:       whether samples may have a loss mask. states_bytes: what the optimizer's states take on the device.
+    masked:       whether samples may have a loss mask. states_bytes: what the optimizer's states take on the device, of
+                  a split model this process's part.
     draw:         makes one validation picture of the largest size with one step of its sampler; None = none are drawn.
     """
 
@@ -96,7 +98,7 @@ def held_bytes(optimizer: torch.optim.Optimizer, device: torch.device) -> int:
     """Bytes of the optimizer's states that are on the device already: all of them in a run that goes on."""
     values = (value for state in optimizer.state.values() for value in state.values())
     tensors = {id(value): value for value in values if isinstance(value, Tensor) and value.device.type == device.type}
-    return sum(tensor.nbytes for tensor in tensors.values())
+    return sum(local(tensor).nbytes for tensor in tensors.values())
 
 
 def _passes(parts: Parts, batch: Batch, step: int, accumulation: int) -> None:

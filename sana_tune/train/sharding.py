@@ -67,9 +67,14 @@ def whole_norm(norm: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def gathered(state: Any) -> Any:
-    """Nested mappings and lists with every split tensor whole, in main memory. Collective when anything is split."""
+    """Nested mappings and lists with every split tensor whole, in main memory. Collective when anything is split.
+
+    The main process alone has their values: on a machine of eight GPUs each would else hold a whole checkpoint. The
+    others get tensors of device meta.
+    """
     if isinstance(state, DTensor):
-        return state.full_tensor().cpu()
+        whole = state.full_tensor()
+        return whole.cpu() if torch.distributed.get_rank() == 0 else torch.empty_like(whole, device="meta")
     if isinstance(state, Mapping):
         return {key: gathered(value) for key, value in state.items()}
     if isinstance(state, (list, tuple)):

@@ -88,7 +88,7 @@ class Memory:
 def snapshot(parts: Parts, progress: Progress) -> Snapshot:
     """The state right now: plain values, and the live tensors themselves. The one place that knows where it lives.
 
-    Collective where the model is split over processes: then the tensors are whole copies in main memory.
+    Collective where the model is split over processes: then the tensors are whole copies in the main process's memory.
     """
     bare = parts.bare
     # diffusers notes where the model came from: a path of this machine, which is nobody's business and differs by user

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     Sample = tuple[MicroBatch, Batch]
 
+Value = TypeVar("Value")
 
 _TOLD = (Role.TRAIN, Role.REGULARISE)  # the roles whose losses are told apart
 
@@ -378,3 +379,12 @@ def _read(parts: Parts, losses: Sequence[MicroLoss], norm: Tensor, images: int, 
 def summed(accelerator: Accelerator, tensor: Tensor) -> Tensor:
     """The tensor summed over all ranks, on each of them."""
     return cast(Tensor, accelerator.reduce(tensor, "sum"))
+
+
+def joined(accelerator: Accelerator, values: list[Value]) -> list[Value]:
+    """The values of all ranks, those of rank 0 first, on each of them."""
+    if accelerator.num_processes == 1:
+        return values
+    from accelerate.utils import gather_object
+
+    return cast(list[Value], gather_object(values))

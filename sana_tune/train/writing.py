@@ -22,7 +22,7 @@ from sana_tune.train.snapshot import Snapshot
 
 OPTIMIZER = "optimizer.pt"
 CHUNK_BYTES = 2**20  # after each it is seen whether the write is still wanted, and in a hurry
-REST = 4.0  # times as long as a piece took
+REST = 8.0  # times as long as a piece took
 LONGEST_REST_S = 0.1
 
 # https://github.com/huggingface/safetensors#format

@@ -13,13 +13,16 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
+from pkgutil import walk_packages
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+import sana_tune
 from sana_tune.config.load import Loaded, load
 from sana_tune.data.cache import TensorCache
 from sana_tune.watch.events import CacheProgress, Event
@@ -171,6 +174,18 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
 # ---- runs in processes of their own ----
 
 
+@cache
+def preload() -> None:
+    """Import what runs import on their way, so that forks find it: it would take seconds in each of them."""
+    from accelerate import Accelerator  # noqa: F401
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransformer2DModel  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Model  # noqa: F401
+
+    for module in walk_packages(sana_tune.__path__, "sana_tune."):
+        if not module.name.endswith("__main__"):
+            import_module(module.name)
+
+
 class Child:
     """A function in a fork of this process, which has torch loaded already; what it prints goes to `log`.
 
@@ -180,6 +195,7 @@ class Child:
     def __init__(self, function: Callable[[], Any], log: Path):
         self.log = log
         self._status: int | None = None
+        preload()
         self._born_s = time.monotonic()
         log.parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
