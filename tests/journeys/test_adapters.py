@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from sana_tune.exporting import Wanted, export
 from sana_tune.offline import Asked, generate
 from sana_tune.run import run
 from sana_tune.watch.events import Validated
-from tests.journeys.kit import Heard, differences, metrics_of, one_thread, output_of, pictures, small_run, state_of
+from tests.journeys.kit import Heard, differences, metrics_of, output_of, pictures, small_run, state_of
 
 FILE = "pytorch_lora_weights.safetensors"
 LOKR = {
@@ -36,12 +35,6 @@ DRAWN = {
     "validation_num_inference_steps": 2, "validation_disable_unconditional": True, "disable_benchmark": True,
     "validation_step_interval": 0,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def asked(folder: Path, *datasets: Any, file: dict[str, Any] = LOKR, **settings: Any) -> Loaded:
@@ -81,8 +74,7 @@ def test_stopped_and_resumed_it_is_the_straight_run_to_the_bit(precision: str, t
 def home(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Validated]]:
     """A finished run that drew, with a large rate so that pictures show it."""
     folder, heard = tmp_path_factory.mktemp("home"), Heard()
-    with one_thread():
-        run(asked(folder, **DRAWN, learning_rate=3e-2, max_grad_norm=0), sinks=[heard])
+    run(asked(folder, **DRAWN, learning_rate=3e-2, max_grad_norm=0), sinks=[heard])
     return folder, heard.of(Validated)
 
 

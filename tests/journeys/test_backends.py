@@ -19,18 +19,16 @@ from sana_tune.data.remote import Patience
 from tests.data.pictures import encoded, noise, put
 from tests.fake_http import FakeHttp
 from tests.fake_s3 import SECRET, Answer, FakeS3, times
-from tests.journeys.kit import cache_of, metrics_of, one_thread, small_run
+from tests.journeys.kit import cache_of, metrics_of, small_run
 
 PICTURES = {f"cat {number}": encoded(noise(32, 32, number)) for number in range(5)}
 HASTY = Patience(tries=2, first_wait_s=0.01, longest_wait_s=0.05, connect_s=2, read_s=2)
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_s3.S3Store.__init__, "__defaults__", (HASTY,))
     monkeypatch.setattr(remote_http.AddressStore.__init__, "__defaults__", (HASTY,))
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,11 @@ from sana_tune.output import Output
 from sana_tune.prepare import prepare
 from sana_tune.run import run
 from sana_tune.watch.events import Failed, Finished, Noticed, Stepped
-from tests.journeys.kit import Heard, differences, metrics_of, one_thread, output_of, pictures, small_run, state_of
+from tests.journeys.kit import Heard, differences, metrics_of, output_of, pictures, small_run, state_of
 
 STEPS = 4  # two epochs of four pictures, two a step
 PLAIN: dict[str, Any] = {"caption_dropout_probability": 0.0}  # so that every caption is named
 PLACE = "the latent of d0/p02.png, as its cache holds it"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +29,7 @@ def sound(tmp_path_factory) -> Path:
     """The folder of a run whose numbers are right, with pictures and caches."""
     folder = tmp_path_factory.mktemp("sound")
     pictures(folder / "pictures", 4)
-    with one_thread():
-        run(asked(folder, folder / "pictures"))
+    run(asked(folder, folder / "pictures"))
     return folder
 
 

@@ -11,7 +11,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from tests.journeys.kit import (
     cache_of,
     differences,
     metrics_of,
-    one_thread,
     output_of,
     pictures,
     small_run,
@@ -45,12 +44,6 @@ STEPS = 9
 RANDOM: Mapping[str, Any] = {"crop": True, "crop_style": "random", "crop_aspect": "square"}
 TEXT = {"id": "text", "dataset_type": "text_embeds", "default": True, "write_batch_size": 2}
 SIZES = {"max_train_steps": STEPS, "write_batch_size": 2, "vae_batch_size": 2, "text_encoder_batch_size": 2}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +72,8 @@ def outcome(loaded: Loaded) -> dict[str, Any]:
 def plain(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a run that nothing happens to learns; and beside it "cache", its caches."""
     folder = tmp_path_factory.mktemp("plain")
-    with one_thread():
-        loaded = run_of(data, folder)
-        run(loaded)
+    loaded = run_of(data, folder)
+    run(loaded)
     return {"cache": folder / "output/cache", "outcome": outcome(loaded), "items": cache_of(folder / "output/cache")}
 
 

@@ -10,7 +10,7 @@ import pytest
 from sana_tune.cli.main import exit_code
 from sana_tune.config.load import load
 from tests.data.pictures import put
-from tests.journeys.kit import metrics_of, one_thread
+from tests.journeys.kit import metrics_of
 
 CONFIG = "my settings/config.json"
 
@@ -29,10 +29,7 @@ def test_what_configure_writes_trains_and_goes_on(tmp_path, capsys):
     assert exit_code(["configure", "--yes", *flags]) == 0
     said = capsys.readouterr().out
     assert "sana_tune train --config 'my settings/config.json'" in said and "1 picture has no .txt" in said
-    with one_thread():
-        assert exit_code(["train", "--config", CONFIG, "--validation_num_inference_steps", "2"]) == 0, (
-            capsys.readouterr()
-        )
+    assert exit_code(["train", "--config", CONFIG, "--validation_num_inference_steps", "2"]) == 0, capsys.readouterr()
     output = tmp_path / "output" / "holiday"
     assert [line["step"] for line in metrics_of(output)] == [1, 2, 3]
     drawn = {path.name for path in (output / "validation_images").iterdir()}
@@ -44,8 +41,7 @@ def test_what_configure_writes_trains_and_goes_on(tmp_path, capsys):
     assert [(part["dataset"], part["trained"]) for part in ledger["datasets"]] == [("holiday-64", 8), ("holiday-32", 8)]
 
     assert exit_code(["configure", "--yes", "--config", CONFIG, "--steps", "5", "--overwrite"]) == 0
-    with one_thread():
-        assert exit_code(["train", "--config", CONFIG, "--validation_num_inference_steps", "2"]) == 0
+    assert exit_code(["train", "--config", CONFIG, "--validation_num_inference_steps", "2"]) == 0
     assert [line["step"] for line in metrics_of(output)] == [1, 2, 3, 4, 5]
     assert load(Path(CONFIG), {}, {}).config.train.max_train_steps == 5
 
@@ -55,8 +51,7 @@ def test_what_configure_writes_for_a_lokr_trains(tmp_path, capsys):
     assert exit_code(["configure", "--yes", *flags, "--config", CONFIG]) == 0
     said = capsys.readouterr().out
     assert "LoKr on 60 layers" in said and "ok: nothing is wrong" in said
-    with one_thread():
-        assert exit_code(["train", "--config", CONFIG, "--validation_disable", "true"]) == 0, capsys.readouterr()
+    assert exit_code(["train", "--config", CONFIG, "--validation_disable", "true"]) == 0, capsys.readouterr()
     output = tmp_path / "output" / "holiday"
     assert [line["step"] for line in metrics_of(output)] == [1, 2]
     assert (output / "adapter" / "pytorch_lora_weights.safetensors").is_file()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -22,7 +22,6 @@ from tests.journeys.kit import (
     cache_of,
     differences,
     metrics_of,
-    one_thread,
     pictures,
     pipeline_of,
     small_run,
@@ -44,12 +43,6 @@ SETTINGS: dict[str, Any] = {
     "validation_step_interval": 1,
     "disable_benchmark": True,
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 # ---- at which moment ----
@@ -137,8 +130,7 @@ def undisturbed(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     """The pictures, and what a run comes to that nobody stops. In this process: forks have everything imported."""
     folder = tmp_path_factory.mktemp("undisturbed")
     pictures(folder / "pictures", 5)
-    with one_thread():
-        run(small_run(folder, **SETTINGS))
+    run(small_run(folder, **SETTINGS))
     return folder / "pictures", result(folder / "output")
 
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -32,7 +32,6 @@ from tests.journeys.kit import (
     cache_of,
     differences,
     metrics_of,
-    one_thread,
     pictures,
     pipeline_of,
     small_run,
@@ -50,12 +49,6 @@ OPERATIONS = {"shard": 4, "checkpoint": 40, "pipeline": 20}
 WRITE_S = {"shard": 0.0005, "checkpoint": 0.05, "pipeline": 0.02}
 # What Python tells an audit hook of files, the path first (https://docs.python.org/3/library/audit_events.html).
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.copyfile")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 # ---- killed ----

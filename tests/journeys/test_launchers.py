@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -16,17 +16,10 @@ import pytest
 from sana_tune.cli.main import exit_code
 from sana_tune.train import folders
 from tests.conftest import ROOT
-from tests.journeys.kit import one_thread
 from tests.journeys.test_ranks import MOST, alone, new_run, worst
 
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
 ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def start(words: Sequence[str], log: Path) -> subprocess.Popen[bytes]:

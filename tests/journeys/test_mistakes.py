@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,13 @@ from sana_tune.config.load import load
 from sana_tune.config.schema import section_of
 from sana_tune.errors import UserError
 from tests.fixtures import cached_sana
-from tests.journeys.kit import SMALL, metrics_of, one_thread, pictures, small_run
+from tests.journeys.kit import SMALL, metrics_of, pictures, small_run
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG, BACKENDS = "config.json", "multidatabackend.json"
 
 # What a run that was refused may leave in its folder: what it said, and what it knows of files now.
 TRACES = {"log.txt", "cache/files.jsonl", "cache/model_hashes.json"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture

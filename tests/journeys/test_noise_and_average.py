@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from sana_tune.run import build_parts
 from sana_tune.train.device import make_accelerator
 from sana_tune.train.ema import Ema
 from sana_tune.train.step import Parts, micro_loss
-from tests.journeys.kit import differences, metrics_of, one_thread, output_of, pictures, small_run, state_of
+from tests.journeys.kit import differences, metrics_of, output_of, pictures, small_run, state_of
 
 # name → flags. What each changes is in the loss of the first step.
 RECIPES = {
@@ -74,12 +73,6 @@ AVERAGES = {
     "warm-up": "--use_ema --ema_warmup_steps 2",
 }
 STEPS = 4
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

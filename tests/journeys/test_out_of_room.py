@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,9 @@ from sana_tune.errors import UserError
 from sana_tune.run import run
 from sana_tune.train import folders
 from sana_tune.watch.events import Failed, Stepped
-from tests.journeys.kit import Child, Heard, differences, one_thread, output_of, pictures, small_run, state_of
+from tests.journeys.kit import Child, Heard, differences, output_of, pictures, small_run, state_of
 
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 class Full:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,14 +10,8 @@ import pytest
 from sana_tune.cli.main import exit_code
 from sana_tune.offline import Asked, validate
 from sana_tune.run import run, warm
-from tests.journeys.kit import cache_of, one_thread, output_of, pictures, small_run
+from tests.journeys.kit import cache_of, output_of, pictures, small_run
 from tests.test_drawing import DRAWING
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def cached(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:

@@ -14,7 +14,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,6 @@ from tests.journeys.kit import (
     all_well,
     bytes_of,
     metrics_of,
-    one_thread,
     output_of,
     pictures,
     ranks,
@@ -47,12 +46,6 @@ from tests.journeys.test_kills import killed_at, killed_during
 KILLS, KILLS_IN_FULL = 5, 20
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # as accelerate's launcher says it
 MOST = 1e-6  # between weights in fp32
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def told(loaded: Loaded, rank: int = 0, spoil: Callable[[int, int], bool] = lambda rank, step: False) -> int:
@@ -124,8 +117,8 @@ def worst(one: Path, other: Path) -> float:
     return max(float((first[name] - second[name]).abs().max()) for name in first.keys() - plain if first[name].numel())
 
 
-def new_run(folder: Path, **settings: Any) -> Path:
-    """Seven pictures of two sizes and EMA; answers the config's path.
+def new_run(folder: Path, *datasets: dict[str, Any], **settings: Any) -> Path:
+    """Seven pictures of two sizes and EMA; answers the config's path. datasets: further ones.
 
     Adam divides a gradient by its own size, be it rounding alone, of which processors do not make the same: with a
     large epsilon what is next to nothing moves next to nothing.
@@ -133,9 +126,9 @@ def new_run(folder: Path, **settings: Any) -> Path:
     if not (folder.parent / "pictures").exists():
         pictures(folder.parent / "pictures", 5)
         pictures(folder.parent / "pictures", 2, (64, 32), name="wide")
-    datasets = {"instance_data_dir": str(folder.parent / "pictures")}
+    shown = {"instance_data_dir": str(folder.parent / "pictures")}
     text = {"dataset_type": "text_embeds", "write_batch_size": 1}
-    small_run(folder, datasets, text, write_batch_size=1, use_ema=True, optimizer_epsilon=1e-3, **settings)
+    small_run(folder, shown, *datasets, text, write_batch_size=1, use_ema=True, optimizer_epsilon=1e-3, **settings)
     return folder / "config.json"
 
 
@@ -207,6 +200,28 @@ def test_a_bad_number_on_one_process_is_skipped_by_all(tmp_path: Path):
 
 
 KINDS = pytest.mark.parametrize("environ", [{}, FSDP2], ids=["ddp", "fsdp2"])
+
+
+@KINDS
+def test_held_out_pictures_are_measured_together_as_by_one(tmp_path: Path, environ: Any):
+    """Each process measures a share of them; what is told is of all, and the best checkpoint the same."""
+    pictures(tmp_path / "held", 5, seed=3, name="h")
+    held = {"id": "held", "dataset_type": "eval", "instance_data_dir": str(tmp_path / "held")}
+    settings = {"eval_steps_interval": 2, "eval_timesteps": 3}
+    one = new_run(tmp_path / "one", held, gradient_accumulation_steps=2, **settings)
+    two = new_run(tmp_path / "two", held, **settings)
+    alone(one)
+    all_well(together(2, two, **environ))
+
+    def measured(path: Path) -> list[Any]:
+        lines = [json.loads(line) for line in (path.parent / "output/events.jsonl").read_text().splitlines()]
+        return [line for line in lines if line["event"] == "measured"]
+
+    first, second = measured(one), measured(two)
+    assert [line["step"] for line in first] == [line["step"] for line in second] == [0, 2, 4]
+    for expected, found in zip(first, second, strict=True):
+        assert found["values"] == pytest.approx(expected["values"], rel=1e-3, abs=1e-5)
+        assert found["values"]["held_out/raw/loss"] == pytest.approx(expected["values"]["held_out/raw/loss"], rel=1e-6)
 
 
 @KINDS
@@ -282,8 +297,8 @@ def test_split_by_fsdp2_they_train_the_same_and_go_on_whole(tmp_path: Path):
 def test_one_process_is_killed_at_any_moment_and_the_run_goes_on(tmp_path: Path, full: bool):
     """The other one ends within seconds and says why; what is there is whole, and the end is as if nothing had been."""
     settings = {"checkpoint_step_interval": 1, "checkpoints_total_limit": 2, "max_train_steps": 6}
-    undisturbed = new_run(tmp_path / "undisturbed", gradient_accumulation_steps=2, **settings)
-    alone(undisturbed)
+    undisturbed = new_run(tmp_path / "undisturbed", **settings)
+    all_well(together(2, undisturbed))
     path, luck, kills = new_run(tmp_path / "run", **settings), random.Random(7), Counter[str]()
     for number in range(KILLS_IN_FULL if full else KILLS):
         victim = number % 2
@@ -317,7 +332,7 @@ def test_one_process_is_killed_at_any_moment_and_the_run_goes_on(tmp_path: Path,
         for child in children:
             child.log.unlink()
     all_well(together(2, path))
-    assert worst(undisturbed.parent / "output/checkpoint-6", path.parent / "output/checkpoint-6") <= MOST
+    assert worst(undisturbed.parent / "output/checkpoint-6", path.parent / "output/checkpoint-6") == 0.0, "to the bit"
     print(f"kills: {dict(kills)}")
     assert kills["inside a write"] and kills.total() >= (KILLS_IN_FULL if full else KILLS) // 2
 

@@ -7,7 +7,7 @@ import os
 import resource
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from sana_tune.config.load import load
 from sana_tune.errors import Interrupted, OthersFailed, UserError
 from sana_tune.train import folders
 from sana_tune.watch.events import Event, Noticed, Saved
-from tests.journeys.kit import Child, Heard, all_well, metrics_of, one_thread, ranks
+from tests.journeys.kit import Child, Heard, all_well, metrics_of, ranks
 from tests.journeys.mounts import small_disk, with_own_mounts
 from tests.journeys.test_ranks import MOST, new_run, worst
 from tests.journeys.test_saves import fill, fill_at, sound
@@ -28,18 +28,11 @@ SAVING = {"max_train_steps": 5, "checkpoint_step_interval": 1, "checkpoints_tota
 Life = Callable[[int, Any], int]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint at the end of a run of two processes that nothing disturbed."""
-    with one_thread():
-        path = new_run(tmp_path_factory.mktemp("straight") / "run", **SAVING)
-        all_well(two(path))
+    path = new_run(tmp_path_factory.mktemp("straight") / "run", **SAVING)
+    all_well(two(path))
     return path.parent / "output/checkpoint-5"
 
 

@@ -6,7 +6,7 @@ import gc
 import inspect
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,7 @@ from sana_tune.run import batches_of, open_caches, run
 from sana_tune.watch.events import CacheProgress, Event, Started, Validated
 from scripts.nano import draw
 from tests.fixtures import SCALING_FACTOR, cached_sana
-from tests.journeys.kit import Heard, differences, metrics_of, one_thread, pictures, small_run, state_of
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """nano is so small that a second thread costs more than it brings."""
-    with one_thread():
-        yield
-
+from tests.journeys.kit import Heard, differences, metrics_of, pictures, small_run, state_of
 
 # ---- twenty steps equal a loop that knows diffusers and the optimizer alone ----
 

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from tests.journeys.kit import (
     cache_of,
     differences,
     metrics_of,
-    one_thread,
     pictures,
     pipeline_of,
     small_run,
@@ -36,12 +35,6 @@ from tests.journeys.kit import (
 )
 
 STEPS = 8
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +133,7 @@ def straight(home: Path) -> Callable[[str], dict[str, Any]]:
     def of(scenario: str) -> dict[str, Any]:
         if scenario not in results:
             course = Course(home, home / f"straight {scenario}", scenario)
-            with one_thread():
-                course.run()
+            course.run()
             results[scenario] = course.result()
         return results[scenario]
 

@@ -17,13 +17,13 @@ from sana_tune.data.cache import TensorCache
 from sana_tune.log import log
 from sana_tune.run import run
 from tests.data.pictures import encoded
-from tests.journeys.kit import Heard, differences, metrics_of, one_thread, pictures, small_run, state_of
+from tests.journeys.kit import Heard, differences, metrics_of, pictures, small_run, state_of
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+def _heard(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     log.addHandler(caplog.handler)
-    with one_thread(), caplog.at_level(logging.INFO, log.name):
+    with caplog.at_level(logging.INFO, log.name):
         yield
     log.removeHandler(caplog.handler)
 

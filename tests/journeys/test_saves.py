@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,11 @@ from sana_tune.errors import Interrupted, UserError
 from sana_tune.run import run
 from sana_tune.train import folders
 from sana_tune.watch.events import Event, Finished, Noticed, Saved, Stepped
-from tests.journeys.kit import Heard, differences, metrics_of, one_thread, pictures, small_run, state_of
+from tests.journeys.kit import Heard, differences, metrics_of, pictures, small_run, state_of
 from tests.journeys.mounts import small_disk, with_own_mounts
 
 STEPS = 5
 SETTINGS: Mapping[str, Any] = {"max_train_steps": STEPS, "checkpoint_step_interval": 1, "checkpoints_total_limit": 2}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +30,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures, their caches, and in straight/ a run that waited for every checkpoint."""
     folder = tmp_path_factory.mktemp("saves")
     pictures(folder / "pictures", 4)
-    with one_thread():
-        run(small(folder, folder / "straight", checkpoint_writing="wait"))
+    run(small(folder, folder / "straight", checkpoint_writing="wait"))
     return folder
 
 

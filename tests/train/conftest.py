@@ -1,16 +1,15 @@
-"""The models of these tests are so small that a second thread costs more than it brings."""
+"""The models of these tests are so small that a second thread costs more than it brings; one gives sums one order."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
-import torch
+
+from tests.journeys.kit import one_thread
 
 
 @pytest.fixture(autouse=True, scope="package")
 def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with one_thread():
+        yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -38,14 +37,6 @@ AVERAGES: dict[str, dict[str, Any]] = {
     "every other step": {"ema_interval": 2},
     "warmed up, in main memory": {"ema_options": {"place": "cpu", "warmup": 1}},
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def steps(parts: Parts, first: int, last: int) -> list[float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -220,12 +219,3 @@ def test_it_does_not_go_back_for_ever(tmp_path: Path):
     released = make_parts(max_grad_norm=0.0, release=True)
     with pytest.raises(UserError, match=r"3 steps after .*checkpoint-4 had gradients that are not finite"):
         fitted(tmp_path, released, (5, 6, 7), save_every=4, limit=3)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Sums of several threads differ in the last bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
