@@ -31,7 +31,7 @@ from sana_tune.errors import Interrupted, Problem, UserError
 from sana_tune.log import log
 from sana_tune.output import Output
 from sana_tune.prepare import finished_already, no_room, prepare
-from sana_tune.ranks import LAUNCHER, TOLD_IN, Ending, endings, own_rank
+from sana_tune.ranks import LAUNCHER, TOLD_IN, Ending, Repeats, endings, own_rank
 
 GRACE_S = 10.0  # for the others when one process is gone, before they are killed
 AT_ONCE_S = 5.0  # when a second signal asked to leave at once
@@ -94,6 +94,7 @@ class Crowd:
     _endings: list[Ending] = field(default_factory=list)
     _error: BaseException | None = None
     _is_launched: bool = False
+    _repeats: Repeats = field(default_factory=Repeats)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -109,6 +110,8 @@ class Crowd:
                 signal.signal(number, handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self._repeats.has(number):
+            return
         self.asked.append(number)
         if not self._is_launched:
             raise KeyboardInterrupt

@@ -20,6 +20,7 @@ from sana_tune.errors import Problem, UserError
 # was launched.
 TOLD_IN = "SANA_TUNE_LAUNCHED_IN"
 LAUNCHER = "SANA_TUNE_LAUNCHER_PID"
+REPEATED_S = 3.0
 _LOOKING_EVERY_S = 0.5
 
 
@@ -55,6 +56,30 @@ def own_rank(environ: Mapping[str, str] | None = None) -> Rank | None:
         what = f"a launcher must set numbers with LOCAL_RANK ≤ RANK < WORLD_SIZE; found {found}"
         raise UserError(Problem("environment", what, "unset them, or start the run with `sana_tune train`"))
     return Rank(rank, ranks, local)
+
+
+class Repeats:
+    """Tells signals that are no second wish to stop.
+
+    A scheduler may send SIGTERM to every process of a job (Slurm, systemd), and a launcher hands on what it was sent.
+    What another process of a run was asked arrives here too. A second Ctrl-C is a second wish.
+    """
+
+    def __init__(self) -> None:
+        self._until_s: dict[int, float] = {}
+
+    def expect(self, number: int) -> None:
+        """Another process was sent this signal: that of this one may be on its way."""
+        self._until_s[number] = time.monotonic() + REPEATED_S
+
+    def has(self, number: int) -> bool:
+        """Whether this signal, which was heard just now, is such a one."""
+        is_one = time.monotonic() < self._until_s.get(number, 0.0)
+        if number != signal.SIGTERM:
+            self._until_s.pop(number, None)
+        elif not is_one:
+            self.expect(number)
+        return is_one
 
 
 @dataclass(frozen=True)

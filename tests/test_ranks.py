@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from sana_tune import ranks
 from sana_tune.errors import Problem, UserError
-from sana_tune.ranks import LAUNCHER, TOLD_IN, Ending, Rank, endings, own_rank, told_in, wants_shards
+from sana_tune.ranks import LAUNCHER, TOLD_IN, Ending, Rank, Repeats, endings, own_rank, told_in, wants_shards
 from tests.conftest import ROOT
 
 LAUNCHED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
@@ -45,3 +46,14 @@ def test_a_process_whose_launcher_is_gone_ends(tmp_path: Path):
     environ = {**os.environ, LAUNCHER: "1", "PYTHONPATH": str(ROOT)}
     ran = subprocess.run([sys.executable, "-c", code], env=environ, timeout=20)
     assert ran.returncode == -signal.SIGTERM
+
+
+def test_a_sigterm_that_was_heard_or_is_expected_is_no_second_wish(monkeypatch: pytest.MonkeyPatch):
+    repeats = Repeats()
+    assert [repeats.has(signal.SIGINT) for _ in range(2)] == [False, False]
+    assert [repeats.has(signal.SIGTERM) for _ in range(3)] == [False, True, True]
+    repeats.expect(signal.SIGINT)
+    assert [repeats.has(signal.SIGINT) for _ in range(2)] == [True, False]
+    monkeypatch.setattr(ranks, "REPEATED_S", 0.0)
+    later = Repeats()
+    assert [later.has(signal.SIGTERM) for _ in range(2)] == [False, False]

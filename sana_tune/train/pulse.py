@@ -10,7 +10,10 @@ import os
 import socket
 import threading
 import time
+import uuid
 from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
 from typing import Protocol
 
 import psutil
@@ -30,30 +33,31 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process lives. machine: a name that is the same where process ids are. born_s: tells it from a later one
-    of the same id."""
+    """Where a process lives. host: its machine's name. ids: the same where process ids mean the same."""
 
-    machine: str
+    host: str
+    ids: str
     pid: int
-    born_s: float
 
     @classmethod
     def own(cls) -> Place:
         """That of this process."""
-        pid = os.getpid()
-        return cls(_machine(), pid, psutil.Process(pid).create_time())
+        return cls(socket.gethostname(), _ids(), os.getpid())
 
     @property
     def is_here(self) -> bool:
         """Whether this process can see whether that one lives."""
-        return self.machine == _machine()
+        return self.ids == _ids()
 
     @property
     def lives(self) -> bool:
-        """Whether the process is there; it must be here. A zombie is not."""
+        """Whether the process is there; it must be here. A zombie is not.
+
+        It may be a later one of the same id: then nothing is noticed at once. When it began does not tell, since
+        processes do not agree on that where the clock is set meanwhile.
+        """
         try:
-            process = psutil.Process(self.pid)
-            return process.create_time() == self.born_s and process.status() != psutil.STATUS_ZOMBIE
+            return psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
         except psutil.AccessDenied:
@@ -94,8 +98,7 @@ class Pulse:
         self._heard[rank] = (beat, since_s if beat == before else now)
         if now - self._heard[rank][1] <= SILENT_S:
             return None
-        machine = place.machine.partition(" ")[0]
-        return f"rank {rank} (process {place.pid} on {machine}) shows no sign of life for {SILENT_S / 60:.0f} min"
+        return f"rank {rank} (process {place.pid} on {place.host}) shows no sign of life for {SILENT_S / 60:.0f} min"
 
     def end(self) -> None:
         """No more beats."""
@@ -103,9 +106,12 @@ class Pulse:
         self._thread.join(1)
 
 
-def _machine() -> str:
-    """Containers may share a host's name and count processes each for itself; Linux tells them apart."""
+@cache
+def _ids() -> str:
+    """Names may be the same on several machines, and containers of one count processes each for itself: Linux tells
+    its boots and its namespaces apart."""
     try:
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
-        return socket.gethostname()
+        return f"{socket.gethostname()} {uuid.getnode()}"

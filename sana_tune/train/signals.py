@@ -1,7 +1,8 @@
 """How a run is asked to stop: SIGINT (Ctrl-C) and SIGTERM, handled in one place and given back afterwards.
 
 While nothing needs finishing (loading, caching), a signal leaves at once. While training, the first one is
-noted, so that the step can be finished and saved; the second leaves at once; a third kills the process.
+noted, so that the step can be finished and saved; the second leaves at once; a third kills the process. A SIGTERM
+right after another one counts as the same.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from sana_tune.errors import Interrupted
-from sana_tune.ranks import Rank, own_rank
+from sana_tune.ranks import Rank, Repeats, own_rank
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -43,6 +44,7 @@ class Stop:
     def __init__(self) -> None:
         self.signal_number: int | None = None
         self._deferred = False
+        self._repeats = Repeats()
         self._before: dict[int, Any] = {}
 
     @property
@@ -58,6 +60,7 @@ class Stop:
     def request(self, signal_number: int = signal.SIGTERM) -> None:
         """Ask for a stop without a signal (another process was asked)."""
         self.signal_number = int(signal_number)
+        self._repeats.expect(self.signal_number)
 
     def interrupted(self) -> Interrupted:
         """What to raise once all is saved. Raises RuntimeError when no stop was asked for."""
@@ -93,14 +96,21 @@ class Stop:
         self._before = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._repeats.has(number):
+            return
         if self._deferred and not self.requested:
             self.signal_number = number
             if (own_rank() or Rank()).is_main:
                 _tell("\nasked to stop: this step is finished and saved; once more leaves at once\n")
             return
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, self._kill)
         raise LeaveNow(number)
+
+    def _kill(self, number: int, frame: FrameType | None) -> None:
+        if not self._repeats.has(number):
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
 
 def _tell(text: str) -> None:

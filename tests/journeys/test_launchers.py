@@ -38,7 +38,8 @@ def wait_for(text: str, log: Path, program: subprocess.Popen[bytes]) -> None:
 
 
 def test_train_launches_them_and_ends_them_together(tmp_path: Path):
-    """A killed process ends all, with a word why; Ctrl-C saves; nobody is left behind."""
+    """A killed process ends all, with a word why; Ctrl-C saves, and so does SIGTERM to every process of the job, as
+    Slurm sends it, though it is handed on besides; nobody is left behind."""
     path = new_run(tmp_path / "run", num_processes=2, max_train_steps=100_000)
 
     def begin(name: str) -> tuple[subprocess.Popen[bytes], Path, list[int]]:
@@ -57,14 +58,16 @@ def test_train_launches_them_and_ends_them_together(tmp_path: Path):
     assert "it was killed by SIGKILL" in said and "the run goes on from its newest checkpoint" in said
     assert "Traceback" not in said and said.count("error: ") == 1 and said.count("Model: nano") == 1
 
-    program, log, pids = begin("interrupted")
-    program.send_signal(signal.SIGINT)
-    assert program.wait(60) == 128 + signal.SIGINT
-    said = log.read_text()
-    assert "Traceback" not in said and said.count("asked to stop") == 1 and "Saved " in said
-    assert "stopped by signal 2" in said.splitlines()[-1]
-    assert not any(psutil.pid_exists(pid) for pid in pids)
-    assert len(folders.list_complete(path.parent / "output")) == 1
+    for count, number in enumerate((signal.SIGINT, signal.SIGTERM), start=1):
+        program, log, pids = begin(number.name)
+        for pid in (program.pid, *(pids if number is signal.SIGTERM else ())):
+            os.kill(pid, number)
+        assert program.wait(60) == 128 + number
+        said = log.read_text()
+        assert "Traceback" not in said and said.count("asked to stop") == 1 and "Saved " in said
+        assert f"stopped by signal {int(number)}" in said.splitlines()[-1]
+        assert not any(psutil.pid_exists(pid) for pid in pids)
+        assert len(folders.list_complete(path.parent / "output")) == count
 
 
 @pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])

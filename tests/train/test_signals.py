@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from sana_tune import ranks
 from sana_tune.errors import Interrupted
 from sana_tune.train.signals import SIGNALS, LeaveNow, Stop
 
@@ -68,17 +69,52 @@ def test_handlers_come_back_after_an_error():
 
 def test_a_third_signal_is_not_caught():
     code = """
-import os, signal
+import os, signal, sys
+from sana_tune import ranks
 from sana_tune.train.signals import LeaveNow, Stop
+number, ranks.REPEATED_S = int(sys.argv[1]), 0.0
 stop = Stop()
 with stop.listening(), stop.deferred():
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), number)
     try:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
     except LeaveNow:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 """
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -signal.SIGTERM
+    for number in SIGNALS:
+        command = [sys.executable, "-c", code, str(int(number))]
+        assert subprocess.run(command, capture_output=True).returncode == -number
+
+
+def test_a_sigterm_right_after_another_is_the_same(monkeypatch: pytest.MonkeyPatch):
+    """A scheduler sends it to all processes of a job, and the launcher hands it on."""
+    stop = Stop()
+    with stop.listening(), stop.deferred():
+        for _ in range(3):
+            send(signal.SIGTERM)
+        assert stop.requested
+        with pytest.raises(LeaveNow):
+            send()
+    with pytest.raises(LeaveNow), Stop().listening():
+        try:
+            send(signal.SIGTERM)
+        finally:
+            send(signal.SIGTERM)  # while it leaves
+    monkeypatch.setattr(ranks, "REPEATED_S", 0.0)
+    with pytest.raises(LeaveNow), Stop().listening() as later, later.deferred():
+        send(signal.SIGTERM)
+        send(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_what_another_process_was_sent_comes_here_too_and_is_the_same(number: signal.Signals):
+    stop = Stop()
+    with pytest.raises(LeaveNow), stop.listening(), stop.deferred():
+        stop.request(number)
+        send(number)
+        assert stop.requested
+        send()
+        send()
 
 
 def test_a_stop_by_hand():
