@@ -325,7 +325,7 @@ def check_cost(
     from sana_tune.progress import Progress
     from sana_tune.train import step as steps
 
-    parts = _parts_of(transformer, device)
+    parts = _random_parts(transformer, device)
     place, config = parts.accelerator.device, parts.bare.config
     text = torch.randn(batch, 64, config["caption_channels"])
     latents = torch.randn(batch, config["in_channels"], side, side)
@@ -363,25 +363,18 @@ def check_cost(
     return share_of(*(found[kind][SETTLING:] for kind in (True, False))), read_s
 
 
-def _parts_of(transformer: dict[str, Any], device: str) -> Any:
-    """A random model with the default optimizer, in bf16 on an accelerator."""
+def _random_parts(transformer: dict[str, Any], device: str) -> Any:
+    """A random model with all around it that a step needs, in bf16 on an accelerator."""
     import torch
 
     from sana_tune.bench import random_model
     from sana_tune.model.attention import install
-    from sana_tune.schedule import Schedule
-    from sana_tune.train.device import make_accelerator, resolve_device
-    from sana_tune.train.ema import NoEma
-    from sana_tune.train.optim import build_optimizer, parameter_groups
-    from sana_tune.train.step import Parts
+    from sana_tune.train.device import resolve_device
 
-    accelerator = make_accelerator(device, "no" if resolve_device(device) == "cpu" else "bf16")
     torch.manual_seed(0)
-    model = random_model(transformer).to(accelerator.device)
+    model = random_model(transformer)
     install(model)
-    optimizer = build_optimizer("optimi-adamw", parameter_groups(model.named_parameters()), 1e-5)
-    schedule = Schedule("constant", 1e-5, 1_000_000)
-    return Parts(accelerator, model, optimizer, schedule, NoEma(), lambda tokens: 3.0, seed=0)
+    return parts_of(model, device=device, precision="no" if resolve_device(device) == "cpu" else "bf16")
 
 
 def tell_checks(asked: argparse.Namespace) -> None:
@@ -527,17 +520,19 @@ def delays(parts: Any, sample: Any, folder: Path, rounds: int) -> list[Delay]:
     return found
 
 
-def parts_of(model: Any, adapter: Any = None, device: str = "auto") -> Any:
-    """All that a step needs around a model. adapter: it is trained, in place of the model's weights."""
+def parts_of(model: Any, adapter: Any = None, device: str = "auto", precision: str = "no") -> Any:
+    """All that a step needs around a model, which goes to the device. adapter: it is trained, in place of the model's
+    weights."""
     from sana_tune.schedule import Schedule
     from sana_tune.train.device import make_accelerator
     from sana_tune.train.ema import NoEma
     from sana_tune.train.optim import build_optimizer, parameter_groups
     from sana_tune.train.step import Parts
 
+    accelerator = make_accelerator(device, precision)
     return Parts(
-        accelerator=make_accelerator(device, "no"),
-        transformer=model,
+        accelerator=accelerator,
+        transformer=model.to(accelerator.device),
         optimizer=build_optimizer("optimi-adamw", parameter_groups(model.named_parameters()), 1e-5),
         schedule=Schedule("constant", 1e-5, 10_000),
         ema=NoEma(),
@@ -559,7 +554,6 @@ def saving_parts() -> tuple[Any, Any]:
     torch.manual_seed(0)
     model = SanaTransformer2DModel(**MIDDLE, in_channels=32, out_channels=32, caption_channels=256)
     parts = parts_of(model)
-    model.to(parts.accelerator.device)
     text, mask = torch.randn(1, 40, 256), torch.ones(1, 40, dtype=torch.int64)
     batch = Batch(torch.randn(1, 32, 16, 16), text, mask, None, Role.TRAIN, ("one",))
     return parts, (MicroBatch(0, 0, 0, (0,)), batch)
