@@ -57,7 +57,7 @@ def validator_of(
     if not prepared.drawn:
         return NoValidator()
     if prepared.config.validation.validation_method == "external-script":
-        return script_of(prepared, first=crew.is_main)
+        return script_of(prepared, crew)
     device, split = parts.accelerator.device, is_sharded(parts.bare)
     alone = ALONE if split else crew
     painter = painter_of(prepared, device)
@@ -79,6 +79,7 @@ def validator_of(
     return pictures_validator(
         prepared.config, prepared.facts, prepared.output.pictures, prepared.drawn, draw,
         release=release, stopped=lambda: stop.requested and not split, writes=crew.is_main or not split,
+        collective=split,
         rank=alone.rank.rank, ranks=alone.ranks, gather=lambda drawn: alone.gather("the validation pictures", drawn),
     )  # fmt: skip
 
@@ -179,8 +180,8 @@ def draw_one(
             showing.close()
 
 
-def script_of(prepared: Prepared, *, first: bool) -> ScriptValidator:
-    """The validator of validation_method external-script."""
+def script_of(prepared: Prepared, crew: Crew = ALONE) -> ScriptValidator:
+    """The validator of validation_method external-script. crew: the processes that wait for it."""
     from sana_tune.train.external import ScriptValidator
     from sana_tune.train.folders import list_complete
 
@@ -207,7 +208,8 @@ def script_of(prepared: Prepared, *, first: bool) -> ScriptValidator:
         values,
         output.pictures,
         background=wanted.validation_external_background,
-        first=first,
+        first=crew.is_main,
+        together=crew.gather,
         base=False,  # the base model is no checkpoint
         startup=wanted.validation_on_startup,
     )

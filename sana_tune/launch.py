@@ -24,6 +24,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
+
 from sana_tune import log as logs
 from sana_tune.config.launching import read_accelerate, split
 from sana_tune.config.load import Loaded
@@ -155,13 +157,11 @@ class Crowd:
 
     def _watch(self, launched: Future[None]) -> None:
         """Hand signals on, and end those that hang when one of them is gone."""
-        import psutil
-
         own, handed = psutil.Process(), dict[int, int]()  # process → how many signals it was sent
         kill_at_s: float | None = None
         while not launched.done():
             wait([launched], _LOOKING_EVERY_S)
-            here = {child.pid for child in own.children() if child.status() != psutil.STATUS_ZOMBIE}
+            here = ranks_among(own.children())
             now, asked = time.monotonic(), list(self.asked)
             for pid in here:
                 # one that began after a signal does not listen yet: it is to end, without a traceback
@@ -216,11 +216,25 @@ class Crowd:
             what = f"{type(self._error).__name__}: {str(self._error).strip()}"
             return [Problem("launching the processes", what, "see accelerate_config and accelerate_extra_args")]
         spoken = {ending.rank for ending in self._endings}
-        silent = {rank: each for rank, each in failures.items() if rank not in spoken} or failures
+        silent = {rank: each for rank, each in failures.items() if rank not in spoken}
+        if not silent:
+            return []
         # one that the launcher ended for another's sake is no cause
         causes = {rank: each for rank, each in silent.items() if each.exitcode != -signal.SIGTERM} or silent
         rank, cause = min(causes.items())
         return [_death(rank, cause.pid, cause.exitcode, again)]
+
+
+def ranks_among(children: Sequence[psutil.Process]) -> set[int]:
+    """The ids of those that live and are of the run: the launcher asks other programs too, such as nvidia-smi."""
+    found = set[int]()
+    for child in children:
+        try:
+            if child.status() != psutil.STATUS_ZOMBIE and own_rank(child.environ()) is not None:
+                found.add(child.pid)
+        except (psutil.Error, UserError):
+            pass  # it has just ended, or is no process of ours
+    return found
 
 
 def _send(pid: int, number: int) -> None:

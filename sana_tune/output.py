@@ -31,7 +31,7 @@ class Output:
         try:
             root.mkdir(parents=True, exist_ok=True)
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # of another machine a process may have the same number
         except (OSError, ValueError) as error:  # a path can be none at all
             reason = error.strerror if isinstance(error, OSError) else error
             what = f"output_dir must be a folder that can be written: {reason}"

@@ -311,6 +311,8 @@ def train(
     config = prepared.config
     with out_of_memory(prepared, accelerator.device, "the model and its optimizer"):
         parts = build_parts(prepared, accelerator)
+    # Each process looked at its own memory; they save together, so that one decides.
+    background: bool = crew.gather("how checkpoints are written", prepared.plan.saving.background)[0]
     shortage = out_of_memory(prepared, accelerator.device, "training")
     with shortage, closing(Supply(prepared, caches, redraw_of(prepared), accelerator.device, watcher, crew)) as supply:
         validator = validator_of(prepared, caches, supply.reading.text, parts, stop, watcher.emit, crew)
@@ -320,7 +322,7 @@ def train(
                 parts,
                 supply.steps(batches_of(prepared, caches, supply.reading, supply.records, crew.rank)),
                 validator,
-                checkpoints_of(prepared),
+                checkpoints_of(prepared, background=background),
                 watcher,
                 stop,
                 resume=prepared.checkpoint,
@@ -334,8 +336,8 @@ def train(
                 watcher.emit(notice)
 
 
-def checkpoints_of(prepared: Prepared) -> Checkpoints:
-    """Where the run saves to, how, and what stays."""
+def checkpoints_of(prepared: Prepared, *, background: bool) -> Checkpoints:
+    """Where the run saves to, how, and what stays. background: whether training goes on meanwhile."""
     from sana_tune.train.checkpoint import Checkpoints
 
     config, saving = prepared.config, prepared.plan.saving
@@ -343,7 +345,7 @@ def checkpoints_of(prepared: Prepared) -> Checkpoints:
         prepared.output.root,
         saving.keeping,
         identity_of(config),
-        background=saving.background,
+        background=background,
         room=Room(config.train.disk_low_threshold, config.train.disk_low_action, config.train.disk_low_script),
         begun=Progress(begun(config), prepared.plan.epoch_after(begun(config))),
     )

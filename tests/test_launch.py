@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
 from sana_tune.config.load import Loaded, load
 from sana_tune.errors import Interrupted, Problem, UserError
-from sana_tune.launch import Crowd, is_wanted, launcher_words
+from sana_tune.launch import Crowd, is_wanted, launcher_words, ranks_among
 from sana_tune.ranks import Ending
 from tests.config.helpers import write_files
 
@@ -96,6 +100,29 @@ def test_one_that_died_without_a_word_is_named_and_those_that_suffered_are_not()
     told = said(crowd(codes={0: -signal.SIGTERM, 1: 3}))
     assert told.startswith("rank 1: it failed (process 101, exit code 3); why is said above")
     assert "the connection is lost" in said(crowd(LOST)), "the other one is on another machine"
+
+
+def test_where_all_only_lost_the_others_it_is_told_what_they_saw():
+    assert "the connection is lost" in said(crowd(LOST, codes={0: 1})), "NCCL that cannot start, say"
+
+
+def test_other_programs_that_the_launcher_asks_are_none_of_the_run():
+    """accelerate runs nvidia-smi: that it ends is no death."""
+    wait = [sys.executable, "-c", "input()"]
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    rank = subprocess.Popen(wait, stdin=subprocess.PIPE, env={**os.environ, **place})
+    other = subprocess.Popen(wait, stdin=subprocess.PIPE)
+    children = psutil.Process().children()
+    assert {rank.pid, other.pid} <= {child.pid for child in children}
+    try:
+        assert ranks_among(children) == {rank.pid}
+        rank.kill()
+        rank.wait()
+        assert ranks_among(children) == set(), "it ended between two looks"
+    finally:
+        for program in (rank, other):
+            program.kill()
+            program.wait()
 
 
 def test_a_signal_is_what_ended_it_unless_something_went_wrong():

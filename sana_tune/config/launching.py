@@ -160,6 +160,12 @@ def file_problems(path: Path, content: Mapping[str, Any]) -> list[Problem]:
     if kind == "FSDP" and str(fsdp_settings(content).get("fsdp_offload_params", False)).lower() == "true":
         where = f"{path}: fsdp_config: fsdp_offload_params"
         return [Problem(where, "parameters are not moved to main memory here; found true", "remove it")]
+    if kind == "FSDP" and str(fsdp_settings(content).get("fsdp_reshard_after_forward", True)).lower() == "false":
+        where = f"{path}: fsdp_config: fsdp_reshard_after_forward"
+        what = (
+            "a block is split again after each forward pass here, or pictures of the average would be of other weights"
+        )
+        return [Problem(where, f"{what}; found false", "remove it")]
     if kind == "FSDP" and str(fsdp_settings(content).get("fsdp_version", 1)) != "2":
         what = f"must be 2; found {fsdp_settings(content).get('fsdp_version', '1, the default')}"
         fix = "write `fsdp_version: 2`; `accelerate to-fsdp2` converts a file"

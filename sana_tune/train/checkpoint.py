@@ -31,7 +31,7 @@ from sana_tune.train import folders
 from sana_tune.train.folders import FRESH, Checkpoint
 from sana_tune.train.judged import Judged, stands_of
 from sana_tune.train.room import Lack, Room, call_script, is_full, slices
-from sana_tune.train.sharding import put
+from sana_tune.train.sharding import is_sharded, put
 from sana_tune.train.snapshot import Memory, Snapshot, copied, snapshot
 from sana_tune.train.states import load_full_state, names_of
 from sana_tune.train.step import Parts, summed
@@ -167,10 +167,14 @@ class Checkpoints:
         flight = _Flight(snapshot(parts, progress), rolling, began_s)
         self._asked_step = progress.step
         if self.background and self._is_main:
+            shares = parts.accelerator.device.type == "cpu"  # a GPU's training leaves the cores to the writer
+            flight = replace(flight, terms=Terms(rests=shares))
+        if is_sharded(parts.bare):
+            flight.copied.set()  # what was gathered is a copy already
+        elif self.background and self._is_main:
             self._memory = self._memory or Memory(pinned=parts.accelerator.device.type == "cuda")
             taken, fill = copied(flight.snapshot, self._memory)
-            shares = parts.accelerator.device.type == "cpu"  # a GPU's training leaves the cores to the writer
-            flight = replace(flight, snapshot=taken, fill=fill, terms=Terms(rests=shares))
+            flight = replace(flight, snapshot=taken, fill=fill)
         self._begin(flight)
         if self._flight is not None:
             parts.fence.raise_until(flight.copied)
@@ -490,7 +494,9 @@ def _load_ema(parts: Parts, checkpoint: Checkpoint) -> None:
 
 def _load_optimizer(parts: Parts, checkpoint: Checkpoint) -> None:
     path = checkpoint.path / OPTIMIZER
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    # On a CPU the tensors are taken over; elsewhere each process reads what it puts on its device, no more.
+    mapped = parts.accelerator.device.type != "cpu"
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     try:
         load_full_state(parts.optimizer, names_of(parts.bare.named_parameters()), state)
     except (ValueError, KeyError) as error:

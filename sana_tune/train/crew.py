@@ -129,7 +129,8 @@ class Crew:
             if self.ranks == 1 or not is_lost_connection(error):
                 raise
             log.debug("the connection was lost", exc_info=error)
-            raise self._lost("it has ended, or its machine cannot be reached") from error
+            said = str(error).strip().partition("\n")[0]
+            raise self._lost(f"it has ended, or its machine cannot be reached ({said})") from error
 
     def _lost(self, how: str) -> LostRank:
         what = f"the connection to another process of the run is lost: {how}"

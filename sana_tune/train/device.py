@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -49,10 +52,23 @@ def make_accelerator(wanted: str, mixed_precision: str) -> Accelerator:
         raise UserError(no_fp16_on_cpu())
     AcceleratorState._reset_state()
     patience = InitProcessGroupKwargs(timeout=timedelta(seconds=COLLECTIVE_S))
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision, kwargs_handlers=[patience])
+    with _splitting_left_to_us():
+        accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision, kwargs_handlers=[patience])
     accelerator.scaler = None  # the step scales the loss itself (train.scale)
     check_connected(accelerator)
     return accelerator
+
+
+@contextmanager
+def _splitting_left_to_us() -> Iterator[None]:
+    """Accelerate does not hear in here that FSDP2 is wanted (train.sharding does that), so that it takes the processes
+    for those of DDP, on a GPU as on a CPU."""
+    asked = os.environ.pop("ACCELERATE_USE_FSDP", None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ["ACCELERATE_USE_FSDP"] = asked
 
 
 def check_connected(accelerator: Accelerator) -> None:

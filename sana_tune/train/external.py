@@ -22,7 +22,8 @@ class ScriptValidator:
 
     values: what its placeholders stand for at a position. folder: where pictures that it leaves are found.
     background: the run does not wait for it; what became of it is told at the next validation and at the end.
-    first: whether only this process runs it. base, startup: as of `validate.Validator`.
+    first: whether this process runs it. together: waits for the other processes, outside of a collective operation,
+    so that a script may take its time. base, startup: as of `validate.Validator`.
     """
 
     from_files = True
@@ -37,8 +38,10 @@ class ScriptValidator:
         first: bool = True,
         base: bool = True,
         startup: bool = False,
+        together: Callable[[str], object] = lambda what: None,
     ):
         self._command, self._values, self._folder = command, values, folder
+        self._together = together
         self._background, self._first, self._base, self._startup = background, first, base, startup
         self._running: list[tuple[Progress, subprocess.Popen[bytes]]] = []
         self._drawn_step: int | None = None
@@ -54,10 +57,14 @@ class ScriptValidator:
         return Validated(progress, ()) if self._drawn_step == progress.step else self.run(parts, progress)
 
     def run(self, parts: Parts, progress: Progress) -> Validated:
-        """Run the command. The files are the pictures in the folder that it made or changed."""
+        """Run the command, in the first process. The files are the pictures in the folder that it made or changed."""
         self._drawn_step = progress.step
-        if not self._first:
-            return Validated(progress, ())
+        done = self._run(progress) if self._first else Validated(progress, ())
+        if not self._background:
+            self._together("validation_external_script")
+        return done
+
+    def _run(self, progress: Progress) -> Validated:
         failed = self._ended()
         started, before = time.perf_counter(), self._pictures()
         words = words_of(self._command, self._values(progress))

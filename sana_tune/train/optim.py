@@ -15,7 +15,7 @@ from sana_tune.config.optimizers import OPTIMIZER_FACTS, keeps_bf16, options_of
 from sana_tune.log import log
 from sana_tune.train.own import AdamWBf16, Came
 from sana_tune.train.rounding import Rounded
-from sana_tune.train.sharding import like
+from sana_tune.train.sharding import is_split, like
 
 # Sana's tables that are added to modulations: biases of more than one dimension.
 _TABLES = ("scale_shift_table",)
@@ -84,8 +84,8 @@ def _optimi(name: str, wanted: list[Any], settings: dict[str, Any], release: boo
     settings["kahan_sum"] = None if OPTIMIZER_FACTS[name].keeps == "kahan" and keeps_bf16(name, settings) else False
     optimizer = kind(wanted, **settings, gradient_release=release)
     optimizer.state.clear()  # with gradient_release: the groups, which have no place in a state (train.single)
-    if release:
-        for group in optimizer.param_groups:
+    for group in optimizer.param_groups:
+        if release or any(map(is_split, group["params"])):
             group["triton"] = _triton_runs(group["params"])
     return optimizer
 
@@ -239,7 +239,8 @@ PAGED_FROM = 100_000  # elements; bitsandbytes' own limit
 
 
 def _triton_runs(params: Sequence[Tensor]) -> bool:
-    return bool(HAS_TRITON and params and params[0].is_cuda)
+    """Whether optimi's kernel is used. It takes a tensor for what lies in memory, of which a split one is a part."""
+    return bool(HAS_TRITON and params and params[0].is_cuda and not is_split(params[0]))
 
 
 def _is_kahan(held: Tensor | None, parameter: Tensor) -> bool:

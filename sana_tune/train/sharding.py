@@ -7,7 +7,6 @@ processes call it, in the same order.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,17 +34,24 @@ def replicated(model: nn.Module, accelerator: Accelerator) -> nn.Module:
 
 
 def shard(model: Any, device: torch.device, ranks: int) -> None:
-    """Split the model's tensors over all processes, block by block: a block is whole only while it computes."""
+    """Split the model's tensors over all processes, block by block: a block is whole only while it computes.
+
+    What stayed whole after a forward pass would not see that the average takes the weights' place.
+    """
     mesh = init_device_mesh(device.type, (ranks,))
-    reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
     for block in model.transformer_blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether `shard` was called."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def is_split(tensor: Tensor) -> bool:
+    """Whether a part of it alone is here."""
+    return isinstance(tensor, DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -73,7 +79,9 @@ def gathered(state: Any) -> Any:
     others get tensors of device meta.
     """
     if isinstance(state, DTensor):
-        whole = state.full_tensor()
+        # an average in main memory is gathered by way of the device: its group may know no other
+        placed: Any = state.to(state.device_mesh.device_type)
+        whole = placed.full_tensor()
         return whole.cpu() if torch.distributed.get_rank() == 0 else torch.empty_like(whole, device="meta")
     if isinstance(state, Mapping):
         return {key: gathered(value) for key, value in state.items()}

@@ -14,7 +14,7 @@ from torch import Tensor
 from sana_tune.config.lycoris import ADAPTER, WHOLE, Layout
 from sana_tune.log import log
 from sana_tune.progress import Progress
-from sana_tune.train.sharding import gathered, is_sharded
+from sana_tune.train.sharding import gathered, is_sharded, is_split
 from sana_tune.train.states import full_state, names_of
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Memory:
 def snapshot(parts: Parts, progress: Progress) -> Snapshot:
     """The state right now: plain values, and the live tensors themselves. The one place that knows where it lives.
 
-    Collective where the model is split over processes: then the tensors are whole copies in the main process's memory.
+    Collective where the model is split over processes: then the tensors are copies in the main process's memory, whole.
     """
     bare = parts.bare
     # diffusers notes where the model came from: a path of this machine, which is nobody's business and differs by user
@@ -98,7 +98,9 @@ def snapshot(parts: Parts, progress: Progress) -> Snapshot:
     optimizer = full_state(parts.optimizer, names_of(bare.named_parameters()))
     live = (parts.kept(), parts.kept_average(), optimizer)
     layout = WHOLE if parts.adapter is None else ADAPTER
-    weights, average, states = gathered(live) if is_sharded(bare) else live
+    if is_sharded(bare):  # what is not split (counts of steps) is copied too, so that all of it stays as it is now
+        live = gathered(_replaced(live, lambda each: each if is_split(each) else each.detach().clone()))
+    weights, average, states = live
     return Snapshot(progress, config, weights, average, states, layout)
 
 

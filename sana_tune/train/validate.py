@@ -101,6 +101,7 @@ class Validator:
     rank, ranks, gather: of so many processes this one draws every `ranks`-th picture; gather gives what all of them
              hand to it, in the order of their ranks. The contact sheet is the first one's, from files that all see.
     writes:  whether this process writes what it draws (where all draw each picture together, one of them does).
+    collective: whether all processes draw each picture together: one that fails on one of them ends the run then.
     """
 
     from_files = False
@@ -123,8 +124,9 @@ class Validator:
         ranks: int = 1,
         gather: Callable[[Any], Sequence[Any]] = lambda value: [value],
         writes: bool = True,
+        collective: bool = False,
     ):
-        self._writes = writes
+        self._writes, self._collective = writes, collective
         self.folder = folder
         self.pictures = list(pictures)
         self._draw, self._encode, self._sheet = draw, encode, sheet
@@ -207,6 +209,8 @@ class Validator:
             if self._writes:
                 write_atomically(path, self._encode(pixels))
         except FAILURES as error:
+            if self._collective:  # the others would wait for it in the middle of a picture
+                raise
             log.debug("drawing %s failed", path.name, exc_info=error)
             return f"{type(error).__name__}: {first_line(error)}"
         return ""

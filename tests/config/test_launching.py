@@ -101,6 +101,10 @@ def test_the_file_says_what_nobody_else_did(place: Path):
         ({"compute_environment": "AMAZON_SAGEMAKER"}, ("must be LOCAL_MACHINE",)),
         ({"distributed_type": "FSDP"}, ("fsdp_version: must be 2; found 1", "to-fsdp2")),
         ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 1}}, ("must be 2; found 1",)),
+        (
+            {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2, "fsdp_reshard_after_forward": False}},
+            ("fsdp_reshard_after_forward", "found false", "remove it"),
+        ),
     ],
 )
 def test_what_of_a_file_cannot_be_done_is_told(place: Path, changes: dict[str, Any], told: tuple[str, ...]):

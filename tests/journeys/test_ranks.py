@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 
+from sana_tune import prepare
 from sana_tune import run as runs
 from sana_tune.config.load import Loaded, load
 from sana_tune.data import loader
@@ -200,6 +201,21 @@ def test_a_bad_number_on_one_process_is_skipped_by_all(tmp_path: Path):
 
 
 KINDS = pytest.mark.parametrize("environ", [{}, FSDP2], ids=["ddp", "fsdp2"])
+
+
+def test_one_process_decides_whether_training_waits_for_a_checkpoint(tmp_path: Path):
+    """Each sees another free memory, and to wait is to agree: they would talk past each other."""
+    settings = {"checkpoint_step_interval": 1}
+    same, other = new_run(tmp_path / "same", **settings), new_run(tmp_path / "other", **settings)
+    all_well(together(2, same))
+
+    def life(rank: int) -> int:
+        prepare.free_ram_bytes = lambda: 0 if rank else 10**12  # type: ignore[assignment]
+        return told(load(other, {}), rank)
+
+    all_well(ranks(2, life, other.parent))
+    assert worst(same.parent / "output/checkpoint-4", other.parent / "output/checkpoint-4") == 0.0
+    assert json.loads((other.parent / "output/plan.json").read_text())["saving"]["background"]
 
 
 @KINDS

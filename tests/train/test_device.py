@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
+import accelerate
 import pytest
 import torch
 
@@ -44,3 +48,19 @@ def test_of_a_gpu_it_is_what_torch_handed_out():
     meter = MemoryMeter(torch.device("cuda"))
     held = torch.ones(50 * 2**18, device="cuda")
     assert meter.most_bytes() == torch.cuda.max_memory_allocated() >= held.numel() * 4
+
+
+def test_accelerate_takes_split_processes_for_those_of_ddp(monkeypatch: pytest.MonkeyPatch):
+    """It would want a plugin of its own, and that the model is its own too."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    heard: list[str | None] = []
+    made = accelerate.Accelerator.__init__
+
+    def init(self: accelerate.Accelerator, *arguments: Any, **words: Any) -> None:
+        heard.append(os.environ.get("ACCELERATE_USE_FSDP"))
+        made(self, *arguments, **words)
+
+    monkeypatch.setattr(accelerate.Accelerator, "__init__", init)
+    assert str(make_accelerator("cpu", "no").distributed_type) == "DistributedType.NO"
+    assert heard == [None] and os.environ["ACCELERATE_USE_FSDP"] == "true"

@@ -64,3 +64,15 @@ def test_start_and_other_processes(tmp_path: Path, parts: Parts):
     assert len(script(tmp_path, base=False, startup=True).start(parts, Progress(2)).files) == 1
     assert script(tmp_path, first=False).run(parts, Progress(5)).files == ()
     assert not (tmp_path / "step_5_mine.png").exists()
+
+
+def test_all_processes_wait_for_it_unless_it_is_in_the_background(tmp_path: Path, parts: Parts):
+    waited: list[str] = []
+    for first in (True, False):
+        script(tmp_path, first=first, together=waited.append).run(parts, Progress(3))
+    assert waited == ["validation_external_script"] * 2
+    assert [path.name for path in tmp_path.glob("*.png")] == ["step_3_mine.png"], "one of them ran it"
+    drawing = script(tmp_path, background=True, together=waited.append)
+    drawing.run(parts, Progress(4))
+    drawing.lost()
+    assert len(waited) == 2

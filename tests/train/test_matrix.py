@@ -133,6 +133,7 @@ def test_fp16_with_its_loss_scale(number: int, tmp_path: Path):
     check(tmp_path, Kind(name, "the loss scale of fp16", False, SCHEDULES[number + 1], list(AVERAGES)[number]))
 
 
+@pytest.mark.timeout(3600)
 def test_the_whole_product(full: bool, tmp_path: Path):
     if not full:
         pytest.skip("long: --full")

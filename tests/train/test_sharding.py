@@ -30,6 +30,8 @@ def life(folder: Path, count: int, first: int) -> None:
         make_accelerator("cpu", "no")
         shard(model, CPU, count)
     parts = make_parts(transformer=model, max_grad_norm=0.01)
+    if count > 1:
+        assert {group["triton"] for group in parts.optimizer.param_groups} == {False}, "its kernel knows no parts"
     assert is_sharded(parts.bare) == (count > 1) and replicated(model, parts.accelerator) is model
     checkpoints = Checkpoints(folder)
     found = list_complete(folder)

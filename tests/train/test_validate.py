@@ -238,3 +238,10 @@ def test_no_validator_draws_nothing(parts: Parts):
     for method in (drawing.start, drawing.run, drawing.finish):
         assert method(parts, Progress(2)).files == ()
     assert drawing.lost() == ()
+
+
+def test_where_all_draw_together_one_that_fails_ends_the_run(tmp_path: Path, parts: Parts):
+    """The others are in the middle of the same picture."""
+    drawing = validator(tmp_path, Painter(parts, fails="zib"), collective=True)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        drawing.run(parts, Progress(3))
