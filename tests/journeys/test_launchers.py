@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from sana_tune.cli.main import exit_code
+from sana_tune.launch import GRACE_S
 from sana_tune.train import folders
 from tests.conftest import ROOT
 from tests.journeys.test_ranks import MOST, alone, new_run, worst
@@ -22,10 +23,11 @@ TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
 ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
 
 
-def start(words: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """`python …` in a process group of its own, what it says in a file."""
+def start(words: Sequence[str], log: Path, **more: str) -> subprocess.Popen[bytes]:
+    """`python …` in a process group of its own, what it says in a file. more: environment variables."""
     environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # sums then have one order
+    environ |= more
     with open(log, "wb") as file:
         return subprocess.Popen([sys.executable, *words], cwd=log.parent, env=environ, stdout=file, stderr=file)
 
@@ -68,6 +70,22 @@ def test_train_launches_them_and_ends_them_together(tmp_path: Path):
         assert f"stopped by signal {int(number)}" in said.splitlines()[-1]
         assert not any(psutil.pid_exists(pid) for pid in pids)
         assert len(folders.list_complete(path.parent / "output")) == count
+
+
+def test_that_accelerate_asks_nvidia_smi_is_no_death(tmp_path: Path, full: bool):
+    """Its end, seen by the launching process, must not end the run after the time of grace."""
+    if not full:
+        pytest.skip("--full waits for the time of grace; test_launch.py looks at the children")
+    path, program = new_run(tmp_path / "run", num_processes=2, max_train_steps=100_000), tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\nsleep 1\nprintf "count, name\\n2, a card\\n2, a card\\n"\n')
+    program.chmod(0o755)
+    log, places = tmp_path / "console.txt", f"{tmp_path}:{os.environ['PATH']}"
+    running = start(["-m", "sana_tune", "train", "--config", str(path)], log, PATH=places)
+    wait_for("Training: ", log, running)
+    time.sleep(GRACE_S + 2)
+    assert running.poll() is None, log.read_text()
+    running.send_signal(signal.SIGINT)
+    assert running.wait(60) == 128 + signal.SIGINT
 
 
 @pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
