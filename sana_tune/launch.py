@@ -217,8 +217,9 @@ class Crowd:
             return [Problem("launching the processes", what, "see accelerate_config and accelerate_extra_args")]
         spoken = {ending.rank for ending in self._endings}
         silent = {rank: each for rank, each in failures.items() if rank not in spoken}
-        if not silent:
-            return []
+        if not silent and any(ending.lost for ending in self._endings):
+            return []  # nobody died: what they saw of each other is all there is to tell
+        silent = silent or failures
         # one that the launcher ended for another's sake is no cause
         causes = {rank: each for rank, each in silent.items() if each.exitcode != -signal.SIGTERM} or silent
         rank, cause = min(causes.items())

@@ -107,14 +107,13 @@ def _run(loaded: Loaded, notes: Sequence[str], restart: bool, sinks: Sequence[Si
         crew = meet(loaded)
         try:
             progress = _live(loaded, output, notes, restart, sinks, stop, crew)
+            crew.close()
+            return progress
         except Interrupted:
             crew.close()  # all have saved: a process that leaves before the others takes them with it
             raise
-        except BaseException:
+        finally:
             crew.leave()
-            raise
-        crew.close()
-        return progress
     finally:
         logs.remove(handler)
 

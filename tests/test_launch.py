@@ -104,6 +104,7 @@ def test_one_that_died_without_a_word_is_named_and_those_that_suffered_are_not()
 
 def test_where_all_only_lost_the_others_it_is_told_what_they_saw():
     assert "the connection is lost" in said(crowd(LOST, codes={0: 1})), "NCCL that cannot start, say"
+    assert "it failed (process 100, exit code 2)" in said(crowd(Ending(0, 2), codes={0: 2})), "it told nothing"
 
 
 def test_other_programs_that_the_launcher_asks_are_none_of_the_run():

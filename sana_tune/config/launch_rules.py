@@ -54,7 +54,7 @@ def release_needs_one_process(config: Config) -> Problem | None:
     return Problem("optimizer_release_gradients", what, "train with one process, or switch it off")
 
 
-def splits(config: Config) -> bool:
+def _splits(config: Config) -> bool:
     """Whether FSDP2 is to split the model over processes."""
     wanted = config.launch
     return wanted.processes > 1 and is_sharded(wanted.accelerate_config, split(wanted.accelerate_extra_args or ""))
@@ -63,7 +63,7 @@ def splits(config: Config) -> bool:
 def optimizer_can_be_split(config: Config) -> Problem | None:
     """FSDP2 splits every tensor by rows: an optimizer that works on blocks or on whole ones cannot be."""
     name = config.optimizer.optimizer
-    if name.startswith(SHARDABLE) or not splits(config):
+    if name.startswith(SHARDABLE) or not _splits(config):
         return None
     what = f"FSDP2 splits every tensor, which {name} cannot work with"
     return Problem("optimizer", what, "use optimi-adamw or torch-adamw, or train without FSDP")
@@ -72,7 +72,7 @@ def optimizer_can_be_split(config: Config) -> Problem | None:
 def weights_can_be_split(config: Config) -> Problem | None:
     """Split weights are fp32: their share is small enough. An adapter's base, quantised or not, is whole."""
     model = config.model
-    if not splits(config):
+    if not _splits(config):
         return None
     if model.model_type == "lora":
         what = "FSDP splits the weights over the processes, and adapters are put on whole ones; found model_type lora"
@@ -86,7 +86,7 @@ def weights_can_be_split(config: Config) -> Problem | None:
 def compiled_blocks_are_whole(config: Config) -> Problem | None:
     """What is compiled for whole tensors has no place in a split model."""
     asked = config.model.dynamo_backend
-    if asked == "no" or not splits(config):
+    if asked == "no" or not _splits(config):
         return None
     what = f"blocks that FSDP2 splits are not compiled here; found {asked}"
     return Problem("dynamo_backend", what, "use dynamo_backend no, or train without FSDP")
@@ -95,7 +95,7 @@ def compiled_blocks_are_whole(config: Config) -> Problem | None:
 def rollouts_have_the_whole_model(config: Config) -> Problem | None:
     """Rollouts differ in length by process, so that forwards of a split model would wait for each other."""
     offset = config.rollout.scheduled_sampling_max_step_offset
-    if not offset or not splits(config):
+    if not offset or not _splits(config):
         return None
     what = (
         f"rollouts need the whole model in every process, and FSDP splits it: lengths differ by process; found {offset}"
@@ -105,7 +105,7 @@ def rollouts_have_the_whole_model(config: Config) -> Problem | None:
 
 def shards(config: Config) -> int:
     """Into how many parts weights, gradients, optimizer states and average are split; 1 = each process has them all."""
-    return config.launch.processes if splits(config) else 1
+    return config.launch.processes if _splits(config) else 1
 
 
 SHARDABLE = ("optimi-adamw", "torch-adamw", "torch-adam")

@@ -101,7 +101,7 @@ class Validator:
     rank, ranks, gather: of so many processes this one draws every `ranks`-th picture; gather gives what all of them
              hand to it, in the order of their ranks. The contact sheet is the first one's, from files that all see.
     writes:  whether this process writes what it draws (where all draw each picture together, one of them does).
-    collective: whether all processes draw each picture together: one that fails on one of them ends the run then.
+    collective: whether all processes draw each picture together: where drawing one fails, the run ends then.
     """
 
     from_files = False
@@ -206,13 +206,15 @@ class Validator:
         """Draw one and write it. Answers why that failed, or ""."""
         try:
             pixels = self._draw(picture, progress, seen=seen)
-            if self._writes:
-                write_atomically(path, self._encode(pixels))
         except FAILURES as error:
             if self._collective:  # the others would wait for it in the middle of a picture
                 raise
-            log.debug("drawing %s failed", path.name, exc_info=error)
-            return f"{type(error).__name__}: {first_line(error)}"
+            return _failure(path, error)
+        try:
+            if self._writes:
+                write_atomically(path, self._encode(pixels))
+        except FAILURES as error:
+            return _failure(path, error)
         return ""
 
     # ---- the contact sheet ----
@@ -253,6 +255,11 @@ class Validator:
         columns += [(f"before: step {step}{' EMA' if raw else ''}", step, raw) for step in before[:1]]
         columns += [(f"step {progress.step}{' EMA' if each else ''}", progress.step, each) for each in suffixes]
         return columns
+
+
+def _failure(path: Path, error: Exception) -> str:
+    log.debug("drawing %s failed", path.name, exc_info=error)
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _read(folder: Path, step: int, rest: str) -> bytes | None:

@@ -85,6 +85,18 @@ def test_the_layout_of_the_contract(tmp_path: Path):
     assert names(tmp_path) == ["checkpoint-3"]
 
 
+def test_the_optimizers_file_can_be_mapped(tmp_path: Path):
+    """On a GPU each of several processes reads it so; here it is that such a file is one that torch can map."""
+    save(Checkpoints(tmp_path), trained(), Progress(3))
+    path = newest(tmp_path).path / OPTIMIZER
+    plain, mapped = (torch.load(path, weights_only=True, mmap=mmap)["state"] for mmap in (False, True))
+    found = {(name, key): value for name, held in plain.items() for key, value in held.items()}
+    assert len(found) > 10 and plain.keys() == mapped.keys()
+    for (name, key), value in found.items():
+        other = mapped[name][key]
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+
+
 def test_diffusers_loads_both_models(tmp_path: Path):
     parts = trained()
     save(Checkpoints(tmp_path), parts, Progress(3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -241,7 +242,13 @@ def test_no_validator_draws_nothing(parts: Parts):
 
 
 def test_where_all_draw_together_one_that_fails_ends_the_run(tmp_path: Path, parts: Parts):
-    """The others are in the middle of the same picture."""
+    """The others are in the middle of the same picture. Where it cannot be written, nobody waits: that is told."""
+
+    def full(pixels: np.ndarray) -> bytes:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    unwritten = Validator(tmp_path, pictures_of(PROMPTS, [(64, 96)], 0), Painter(parts), full, collective=True)
+    assert "No space left on device" in unwritten.run(parts, Progress(2)).failed[0]
     drawing = validator(tmp_path, Painter(parts, fails="zib"), collective=True)
     with pytest.raises(RuntimeError, match="out of memory"):
         drawing.run(parts, Progress(3))
