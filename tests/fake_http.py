@@ -60,9 +60,10 @@ class Post:
 
 @dataclass
 class FakeHttp:
-    """Use as a context manager. requests: (path with query, Range). most: of the requests that ran at once.
+    """Use as a context manager. requests: (path with query, Range). posts: what was sent, answered or not.
 
-    posts: what was sent, answered or not.
+    most: of the requests that waited for an answer at once. One whose answer has begun waits no more: who asked may
+    have all of it, and ask again, before its thread here gets to say so.
     """
 
     pages: dict[str, Any] = field(default_factory=dict)
@@ -73,7 +74,7 @@ class FakeHttp:
 
     def __enter__(self) -> FakeHttp:
         handler = type("Handler", (_Handler,), {"fake": self})
-        self.running, self.lock = 0, threading.Lock()
+        self.waiting, self.lock = 0, threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
@@ -116,34 +117,34 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         fake = self.fake
         with fake.lock:
-            fake.running += 1
-            fake.most = max(fake.most, fake.running)
+            fake.waiting += 1
+            fake.most = max(fake.most, fake.waiting)
             fake.requests.append((self.path, self.headers.get("Range", "")))
             if login := self.headers.get("Authorization"):
                 fake.logins.append(login)
+        page = fake.next_answer(self.path)
+        page = Moody(page) if isinstance(page, bytes) else Moody(status=page) if isinstance(page, int) else page
+        time.sleep(page.late_s)
+        with fake.lock:
+            fake.waiting -= 1
         try:
-            page = fake.next_answer(self.path)
-            self._answer(
-                Moody(page) if isinstance(page, bytes) else Moody(status=page) if isinstance(page, int) else page
-            )
+            self._answer(page)
         except ConnectionError:
             pass
-        finally:
-            with fake.lock:
-                fake.running -= 1
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         with self.fake.lock:
             self.fake.posts.append(Post(self.path, self.headers, body))
         page = self.fake.next_answer(self.path)
+        page = Moody(status=page) if isinstance(page, int) else page
+        time.sleep(page.late_s)
         try:
-            self._answer(Moody(status=page) if isinstance(page, int) else page)
+            self._answer(page)
         except ConnectionError:
             pass
 
     def _answer(self, page: Moody) -> None:
-        time.sleep(page.late_s)
         wanted = self.headers.get("Range", "").removeprefix("bytes=").rstrip("-")
         begin = int(wanted) if wanted and page.ranges and page.status == 200 else 0
         self.send_response(206 if begin else 302 if page.to else page.status)

@@ -176,10 +176,10 @@ def test_a_server_that_asks_for_patience_gets_it(tmp_path: Path, web: FakeHttp):
 
 
 def test_slow_answers_are_waited_for_and_then_given_up(tmp_path: Path, web: FakeHttp):
-    patience = Patience(tries=2, first_wait_s=0.01, read_s=0.3)
+    patience = Patience(tries=2, first_wait_s=0.01, read_s=0.8)
     assert one(tmp_path, web, [Moody(PICTURE, late_s=0.1)], patience=patience) == PICTURE and len(web.requests) == 1
     with pytest.raises(UserError, match=r"no answer in time \(tried 2 times\)"):
-        one(tmp_path, web, [Moody(PICTURE, late_s=0.6)], "/slow.png", patience)
+        one(tmp_path, web, [Moody(PICTURE, late_s=5)], "/slow.png", patience)
 
 
 def test_redirects_are_followed_but_not_in_circles_nor_into_files(tmp_path: Path, web: FakeHttp):
