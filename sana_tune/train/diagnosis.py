@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from sana_tune.errors import Problem, UserError
 from sana_tune.log import log
 from sana_tune.store import write_atomically
-from sana_tune.train.sharding import local
+from sana_tune.train.sharding import is_sharded, local
 from sana_tune.train.step import Parts, clip, joined, micro_loss, summed
 
 if TYPE_CHECKING:
@@ -138,15 +138,26 @@ def diagnose(parts: Parts, micro_batches: Sequence[Sample], step: int, loss: flo
     With several processes each looks at its own part; all answer the first finding of any. They go through the same
     passes, since those of a split model are collective.
     """
+    # the others may be in a pass that this process left: it waits for nobody, and they are ended with it
     try:
         own = _diagnose(parts, micro_batches, step, loss, grad_norm)
     except torch.OutOfMemoryError:
-        # the others may be in a pass that this process left: it waits for nobody, and they are ended with it
-        return Diagnosis(step + 1, _finite(loss), _finite(grad_norm), Finding("memory", ""))
+        rank = parts.accelerator.process_index
+        return Diagnosis(step + 1, _finite(loss), _finite(grad_norm), Finding("memory", ""), 0, rank)
+    except _Left as left:
+        return left.diagnosis
     if parts.accelerator.num_processes == 1:
         return own
     order = list(_FOUND)  # a bad weight of one process may be a bad output of another that uses it
     return min(joined(parts.accelerator, [own]), key=lambda each: order.index(each.finding.stage))
+
+
+class _Left(Exception):
+    """This process had no memory for a pass that the others are in. diagnosis: what it had found before."""
+
+    def __init__(self, diagnosis: Diagnosis):
+        super().__init__(diagnosis)
+        self.diagnosis = diagnosis
 
 
 def _diagnose(parts: Parts, micro_batches: Sequence[Sample], step: int, loss: float, grad_norm: float) -> Diagnosis:
@@ -159,8 +170,11 @@ def _diagnose(parts: Parts, micro_batches: Sequence[Sample], step: int, loss: fl
         for number, (micro_batch, batch) in enumerate(micro_batches):
             micro = micro_batch.index % count
             finding, samples = _replay(parts, batch, step, micro, count, len(micro_batches))
+            found = Diagnosis(step + 1, *numbers, finding or Finding("nothing", ""), number, rank, samples)
+            if is_sharded(parts.bare) and "memory" in (found.finding.stage, found.finding.exact):
+                raise _Left(found)
             if _any(parts, finding is not None):
-                return Diagnosis(step + 1, *numbers, finding or Finding("nothing", ""), number, rank, samples)
+                return found
         return Diagnosis(step + 1, *numbers, _gradients(parts) or Finding("nothing", ""), 0, rank, samples)
     finally:
         parts.optimizer.zero_grad(set_to_none=True)
@@ -186,11 +200,13 @@ def _replay(
     )
     exact = _exact(alone, batch, step, micro, count) if _any(parts, is_bad and named is None) else ""
     if named is not None:
-        return named, samples
+        return (replace(named, exact=exact) if exact == "memory" else named), samples
     if watched.forward is not None:
         return Finding("forward", watched.forward, exact), samples
     if is_bad:
         return Finding("loss", next(sample.id for sample in samples if sample.loss is None), exact), samples
+    if exact == "memory":
+        return Finding("memory", ""), samples
     return (None if watched.backward is None else Finding("backward", watched.backward)), samples
 
 
@@ -289,14 +305,18 @@ def _alone(parts: Parts) -> Parts:
 
 
 def _exact(parts: Parts, batch: Batch, step: int, micro: int, count: int) -> str:
-    """How the same forward pass is in fp32. The weights stay fp32 after it: the run is over."""
+    """How the same forward pass is in fp32. The weights stay fp32 after it: the run is over.
+
+    A finite loss is not enough: torch's attention on a CPU answers 0 for queries that are NaN.
+    """
     if parts.input_dtype == torch.float32 and parts.accelerator.mixed_precision == "no":
         return ""
     try:
         parts.bare.float()
-        with torch.no_grad():
+        watched = _Watched(parts.bare)
+        with torch.no_grad(), watched.listening():
             found = micro_loss(replace(parts), batch, step, micro, count, exact=True)
-        return "finite" if bool(torch.isfinite(found.mean)) else "not finite"
+        return "finite" if watched.forward is None and bool(torch.isfinite(found.mean)) else "not finite"
     except torch.OutOfMemoryError:
         return "memory"
 

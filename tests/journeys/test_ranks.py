@@ -276,6 +276,44 @@ def test_where_one_process_has_too_many_bad_numbers_all_end_and_it_is_named(tmp_
         assert "transformer_blocks.1.ff.conv_point.weight" in found["what"]
 
 
+@pytest.mark.parametrize(
+    ("environ", "room"), [({}, True), (FSDP2, True), (FSDP2, False)], ids=["ddp", "fsdp2", "fsdp2, no memory"]
+)
+def test_a_bad_output_of_one_process_is_repeated_in_fp32_by_all(tmp_path: Path, environ: Any, room: bool):
+    """Where the model is split no process has a pass of its own: one that lacks the memory for it ends with what it
+    knows, and the other with it."""
+    path = new_run(tmp_path / "run", max_bad_steps=1, mixed_precision="bf16")
+    build = runs.build_parts
+
+    def bad(*asked: Any) -> Any:
+        parts = build(*asked)
+        query = parts.bare.transformer_blocks[1].attn2.to_q
+        inner = query.forward
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            if not (room or torch.is_grad_enabled()):
+                raise torch.OutOfMemoryError
+            return inner(x) * float("nan")
+
+        query.forward = forward
+        return parts
+
+    def life(rank: int) -> int:
+        if rank == 1:
+            runs.build_parts = bad
+        return told(load(path, {}), rank)
+
+    children = ranks(2, life, path.parent, **environ)
+    assert [child.wait(60) for child in children] == [1 if room else 2, 1], children
+    found = json.loads((path.parent / "output/diagnosis.json").read_text())
+    exact = "not finite" if room else "memory"
+    named = {"stage": "forward", "place": "transformer_blocks.1.attn2.to_q (Linear)", "exact": exact}
+    assert found["rank"] == 1 and found["finding"] == named
+    assert found["what"] in repr(children[1]).replace("The ", "the ")
+    if room:
+        assert found["what"] in repr(children[0]).replace("The ", "the ")
+
+
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path: Path):
     path = new_run(tmp_path / "run", max_train_steps=100_000)
     children = together(2, path)
