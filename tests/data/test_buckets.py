@@ -193,10 +193,10 @@ def test_ten_thousand_pictures_shown_a_thousand_times_start_at_once(tmp_path: Pa
     entries = [dataset(tmp_path, name, train_batch_size=4, repeats=1000, small_buckets="merge") for name in ("a", "b")]
     records = [record(f"{n}.png", shapes[n], "ab"[n % 2]) for n in range(10_000)]
     ledger = Ledger(tuple(DatasetLedger(name, 5000, 5000) for name in ("a", "b")))
-    begin = time.perf_counter()
+    begin = time.thread_time()
     found = settle(Survey(tuple(records), ledger), entries, alignment=8, rounding=2, seed=0)
     buckets = make_buckets(found.records, entries)
     order = Order(buckets, {"b": 0.3}, "auto-weighting", 0, {"b": Window(start_step=77, end_epoch=9)}, 8)
     first, far = order.micro_batch(0), order.micro_batch(10**9)
-    assert time.perf_counter() - begin < 1
+    assert time.thread_time() - begin < 1
     assert sum(bucket.visits for bucket in buckets) == 10_000 * 1001 and first.epoch == 0 and far.epoch > 700
