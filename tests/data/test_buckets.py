@@ -198,5 +198,5 @@ def test_ten_thousand_pictures_shown_a_thousand_times_start_at_once(tmp_path: Pa
     buckets = make_buckets(found.records, entries)
     order = Order(buckets, {"b": 0.3}, "auto-weighting", 0, {"b": Window(start_step=77, end_epoch=9)}, 8)
     first, far = order.micro_batch(0), order.micro_batch(10**9)
-    assert time.thread_time() - begin < 1
+    assert time.thread_time() - begin < 5  # it takes 0.2 s
     assert sum(bucket.visits for bucket in buckets) == 10_000 * 1001 and first.epoch == 0 and far.epoch > 700

@@ -111,11 +111,11 @@ def test_ten_thousand_are_grouped_quickly():
     looks |= {f"near{n}": int(numbers[n]) ^ 0b1001 << n % 60 for n in range(500)}
     begin = time.thread_time()
     assert len(groups_alike(looks)) == 500
-    assert time.thread_time() - begin < 3
+    assert time.thread_time() - begin < 15
     frames = {str(n): 0xAAAA_AAAA_AAAA_0000 | n for n in range(1500)}  # a film: all of them share three bands
     begin = time.thread_time()
     assert len(groups_alike(frames)) == 1
-    assert time.thread_time() - begin < 10
+    assert time.thread_time() - begin < 30
 
 
 # ---- files ----

@@ -172,7 +172,7 @@ def test_a_server_that_asks_for_patience_gets_it(tmp_path: Path, web: FakeHttp):
     begun = time.monotonic()
     busy = Moody(status=503, headers=(("Retry-After", "900"),))
     assert "and asks for 900 s of patience" in refused(tmp_path / "x", web, busy)
-    assert time.monotonic() - begun < 1, "that is more than there is"
+    assert time.monotonic() - begun < 5, "that is more than there is"
 
 
 def test_slow_answers_are_waited_for_and_then_given_up(tmp_path: Path, web: FakeHttp):
@@ -216,7 +216,7 @@ def test_a_dead_server_is_asked_no_more_and_others_go_on(tmp_path: Path, web: Fa
         with pytest.raises(UserError, match="cannot be downloaded: no connection") as error:
             store.read(entry.key)
         assert not isinstance(error.value, StoreLost)
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 5
 
 
 def test_a_server_that_goes_away_stops_the_run(tmp_path: Path, web: FakeHttp):

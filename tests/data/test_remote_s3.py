@@ -165,12 +165,12 @@ def test_one_object_that_cannot_be_had_is_told_and_the_rest_goes_on(s3: FakeS3):
 
 def test_slow_answers_are_waited_for_and_then_given_up(s3: FakeS3):
     s3.put("a.png", b"x")
-    store = store_of(s3, patience=Patience(tries=2, first_wait_s=0.01, connect_s=2, read_s=0.4))
+    store = store_of(s3, patience=Patience(tries=2, first_wait_s=0.01, connect_s=2, read_s=0.8))
     s3.troubles.append(times(1, Answer(late_s=0.1)))
     assert store.read("a.png") == b"x" and len(s3.requests) == 1, "slow is no failure"
-    s3.troubles[:] = [times(1, Answer(late_s=0.7))]
+    s3.troubles[:] = [times(1, Answer(late_s=1.6))]
     assert store.read("a.png") == b"x" and len(s3.requests) == 3
-    s3.troubles[:] = [times(9, Answer(late_s=0.7))]
+    s3.troubles[:] = [times(9, Answer(late_s=1.6))]
     with pytest.raises(StoreLost, match=r"does not answer as it should: no answer in time \(tried 2 times\)"):
         store.read("a.png")
 

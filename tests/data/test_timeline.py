@@ -135,7 +135,7 @@ def test_bounds_far_away_cost_nothing():
     shown = [Window(), Window(start_step=10**9, end_step=10**9 + 5), Window(start_epoch=10**8)]
     timeline = Timeline([1000, 10**6, 3], [Fraction(1)] * 3, "auto-weighting", 0, shown)
     assert timeline.at(10**8)[0] == 10**5 and timeline.at(10**12)[1] in (0, 2)
-    assert len(timeline.stretches) < 12 and time.thread_time() - begin < 0.5
+    assert len(timeline.stretches) < 12 and time.thread_time() - begin < 5
 
 
 def test_what_makes_no_timeline_is_refused():

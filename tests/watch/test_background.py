@@ -42,7 +42,7 @@ def test_a_full_queue_takes_no_more_and_putting_never_waits():
     gate, done = held(made), []
     begin = time.perf_counter()
     put = [made.put(lambda number=number: done.append(number), passing=number == 1) for number in range(4)]  # type: ignore[misc]
-    assert time.perf_counter() - begin < 0.5
+    assert time.perf_counter() - begin < 5
     assert put == [True, True, True, False], "the passing one gave way to the third, and nothing to the fourth"
     gate.set()
     assert made.finish(5) and done == [0, 2]

@@ -104,7 +104,7 @@ def test_the_run_does_not_wait_for_it_and_at_the_end_a_while_alone(caplog):
     begin = time.monotonic()
     for _ in range(30):
         sink.emit(saved())
-    assert time.monotonic() - begin < 1.0
+    assert time.monotonic() - begin < 5
     sink.close()
     assert time.monotonic() - begin < 10
     said = [record.message for record in caplog.records]

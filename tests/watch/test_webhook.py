@@ -211,7 +211,7 @@ def test_a_server_that_hangs_or_is_not_there_neither_blocks_nor_stops_anything(m
         pace = Pace(connect_s=0.2, read_s=0.2, waits_s=(0.01,), rest_s=60.0, flush_s=1.5)
         begin = time.monotonic()
         took_s = send(hook, START, *(stepped(step) for step in range(1, 101)), Finished(DONE), pace=pace)
-        assert took_s < 0.5 and time.monotonic() - begin < 10
+        assert took_s < 5 and time.monotonic() - begin < 10
         (record,) = caplog.records
         said = "gave no answer for 0.2 s" if mood == "hangs" else "cannot be reached, or hung up"
         assert said in record.message
