@@ -164,8 +164,9 @@ def meet(loaded: Loaded) -> Crew:
         return ALONE
     from sana_tune.train.device import make_accelerator
 
-    make_accelerator(loaded.config.train.device, precision(loaded))
-    return Crew.connected(rank)
+    with Crew(rank).told_of_losses():
+        make_accelerator(loaded.config.train.device, precision(loaded))
+        return Crew.connected(rank)
 
 
 def work(

@@ -73,18 +73,20 @@ class Pulse:
         self._heard: dict[int, tuple[bytes, float]] = {}
         store.set(f"place/{rank}", json.dumps(asdict(Place.own())))
         store.set(f"pulse/{rank}", "0")
-        arguments = (store.clone(), f"pulse/{rank}")
-        self._thread = threading.Thread(target=self._beat, args=arguments, name="pulse", daemon=True)
+        self._thread = threading.Thread(target=self._beat, args=(f"pulse/{rank}",), name="pulse", daemon=True)
         self._thread.start()
 
-    def _beat(self, store: Store, key: str) -> None:
+    def _beat(self, key: str) -> None:
+        # In this thread, since it connects once more, and for as long as a collective may take: a process that died
+        # just now, and held the store, would keep the run waiting.
         beats = 0
-        while not self._over.wait(EVERY_S):
-            beats += 1
-            try:
+        try:
+            store = self._store.clone()
+            while not self._over.wait(EVERY_S):
+                beats += 1
                 store.set(key, str(beats))
-            except RuntimeError:  # the store is gone with the process that held it: who waits is told that
-                return
+        except RuntimeError:  # the store is gone with the process that held it: who waits is told that
+            return
 
     def death(self, rank: int) -> str | None:
         """How it is known that another process lives no more; None = it does, or has not begun."""

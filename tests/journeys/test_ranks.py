@@ -31,6 +31,7 @@ from sana_tune.data.cache import TensorCache
 from sana_tune.errors import Interrupted, UserError
 from sana_tune.train import folders
 from sana_tune.train.crew import LostRank
+from sana_tune.train.pulse import Place
 from tests.journeys.kit import (
     Child,
     all_well,
@@ -411,6 +412,34 @@ def test_one_process_is_killed_before_training_begins(tmp_path: Path, moment: st
     assert children[1 - victim].wait() == 2, repr(children[1 - victim])
     assert time.monotonic() - began_s < 15
     said = repr(children[1 - victim])
+    assert "the connection to another process of the run is lost" in said and "Traceback" not in said
+
+
+def test_one_process_is_killed_while_they_meet(tmp_path: Path):
+    """It held the store that the other is about to write to."""
+    path = new_run(tmp_path / "run")
+    victim = tmp_path / "victim"
+
+    def life(rank: int) -> int:
+        if rank == 0:
+            victim.write_text(str(os.getpid()))
+
+        def connected(asked: Any) -> Any:
+            if rank == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            while replace(Place.own(), pid=int(victim.read_text())).lives:
+                time.sleep(0.01)
+            return connect(asked)
+
+        connect = runs.Crew.connected
+        runs.Crew.connected = connected  # type: ignore[method-assign,assignment]
+        return told(load(path, {}), rank)
+
+    children = ranks(2, life, path.parent)
+    began_s = time.monotonic()
+    assert [child.wait() for child in children] == [-signal.SIGKILL, 2], children
+    assert time.monotonic() - began_s < 30
+    said = repr(children[1])
     assert "the connection to another process of the run is lost" in said and "Traceback" not in said
 
 

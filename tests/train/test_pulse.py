@@ -66,6 +66,26 @@ def test_one_of_another_machine_lives_while_its_pulse_beats(store: dist.Store, m
     assert store.get("pulse/0") == before and int(before) > 10
 
 
+def test_a_store_that_nobody_holds_any_more_keeps_no_run_from_being_told(monkeypatch: pytest.MonkeyPatch):
+    """To clone torch's store is to connect to it: with the process that held it gone, that is tried for 90 minutes."""
+
+    class Deserted(dist.HashStore):
+        def clone(self) -> Deserted:
+            trying.set()
+            given_up.wait()
+            raise dist.DistNetworkError("timed out")
+
+    trying, given_up = threading.Event(), threading.Event()
+    held = Deserted()
+    own = Pulse(0, held)
+    assert trying.wait(10)
+    put(held, 1, replace(Place.own(), pid=2**22 + 1))
+    assert own.death(1) == f"rank 1 (process {2**22 + 1}) has ended"
+    given_up.set()
+    own.end()
+    assert not any(thread.name == "pulse" for thread in threading.enumerate())
+
+
 def test_a_store_that_is_gone_ends_the_beats_quietly(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
