@@ -436,9 +436,7 @@ def test_one_process_is_killed_while_they_meet(tmp_path: Path):
         return told(load(path, {}), rank)
 
     children = ranks(2, life, path.parent)
-    began_s = time.monotonic()
     assert [child.wait() for child in children] == [-signal.SIGKILL, 2], children
-    assert time.monotonic() - began_s < 30
     said = repr(children[1])
     assert "the connection to another process of the run is lost" in said and "Traceback" not in said
 
